@@ -1,0 +1,62 @@
+"""Self-attention of the DiT: QK-norm, rotary embedding, and one function for the product."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from deco_fast.models.embeddings import apply_rotary
+from deco_fast.models.norm import RMSNorm
+
+
+@cache
+def _flash_attn() -> ModuleType | None:
+    try:
+        return importlib.import_module("flash_attn")
+    except ImportError:
+        return None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √head_dim) v for (B, heads, L, head_dim), unmasked.
+
+    flash-attn where it is installed and takes the tensors (CUDA, bf16 or fp16, head size a
+    multiple of 8 up to 256), else torch's own choice of kernel.
+    """
+    flash_attn = _flash_attn()
+    head_dim = q.shape[-1]
+    if (
+        flash_attn is not None
+        and q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+    ):
+        out = flash_attn.flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return out.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; q and k are normalised per head, then rotated (B.3)."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.q_norm = RMSNorm(hidden_size // num_heads)
+        self.k_norm = RMSNorm(hidden_size // num_heads)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """x (B, L, D) and the rotary table (L, head_dim/2, 2) to (B, L, D)."""
+        q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.num_heads)
+        q = apply_rotary(self.q_norm(q), rotary)
+        k = apply_rotary(self.k_norm(k), rotary)
+        return self.proj(rearrange(attention(q, k, v), "b h l d -> b l (h d)"))

@@ -1,0 +1,72 @@
+"""The pixel decoder as a module: it holds the parameters, the op does the work."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from deco_fast import ops
+from deco_fast.kernels.pixel_decoder.reference import (
+    NORM_EPS,
+    NUM_FREQUENCIES,
+    BlockParameters,
+    PixelDecoderParameters,
+)
+from deco_fast.models.config import DeCoConfig
+
+
+class DecoderBlock(nn.Module):
+    """Parameters of one AdaLN-Zero block over the decoder's C channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels, eps=NORM_EPS)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, channels)
+        )
+        self.modulation = nn.Linear(channels, 3 * channels)
+
+    def op_parameters(self) -> BlockParameters:
+        """The weights in the op's order."""
+        fc1, _, fc2 = self.mlp
+        return BlockParameters(
+            norm_weight=self.norm.weight,
+            norm_bias=self.norm.bias,
+            modulation_weight=self.modulation.weight,
+            modulation_bias=self.modulation.bias,
+            fc1_weight=fc1.weight,
+            fc1_bias=fc1.bias,
+            fc2_weight=fc2.weight,
+            fc2_bias=fc2.bias,
+        )
+
+
+class PixelDecoder(nn.Module):
+    """From the noisy image and the DiT's tokens to the velocity; `ops.pixel_decoder` (B.5)."""
+
+    def __init__(self, config: DeCoConfig) -> None:
+        super().__init__()
+        channels = config.decoder_hidden_size
+        self.patch_size = config.patch_size
+        self.pixel_embedder = nn.Linear(config.in_channels + NUM_FREQUENCIES**2, channels)
+        self.input_proj = nn.Linear(channels, channels)
+        self.upsample = nn.Linear(config.hidden_size, config.patch_size**2 * channels)
+        self.blocks = nn.ModuleList(DecoderBlock(channels) for _ in range(config.decoder_depth))
+        self.output = nn.Linear(channels, config.in_channels)
+
+    def op_parameters(self) -> PixelDecoderParameters:
+        """The weights in the op's order."""
+        return PixelDecoderParameters(
+            upsample_weight=self.upsample.weight,
+            upsample_bias=self.upsample.bias,
+            pixel_embedder_weight=self.pixel_embedder.weight,
+            pixel_embedder_bias=self.pixel_embedder.bias,
+            input_proj_weight=self.input_proj.weight,
+            input_proj_bias=self.input_proj.bias,
+            blocks=tuple(block.op_parameters() for block in self.blocks),
+            output_weight=self.output.weight,
+            output_bias=self.output.bias,
+        )
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """x (B, C, H, W), tokens (B, L, D) to the velocity (B, C, H, W)."""
+        return ops.pixel_decoder(x, tokens, self.op_parameters(), self.patch_size)

@@ -1,0 +1,66 @@
+"""Embeddings of time, and of a token's place in the image."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FREQUENCY_CHANNELS = 256
+"""Channels of the sinusoidal embedding under the timestep MLP."""
+
+
+def timestep_embedding(t: Tensor, dim: int = FREQUENCY_CHANNELS) -> Tensor:
+    """Sinusoids of the unscaled time, (B,) in [0, 1] to (B, dim), at least float32 (B.2).
+
+    [cos(t·w), sin(t·w)] with w_k = 10^(−k / (dim/2)): a maximal period of 10, where other
+    diffusion models scale the time by 1,000 and use 10,000. An odd dim ends with a zero.
+    """
+    t = t.to(torch.promote_types(t.dtype, torch.float32))
+    half = dim // 2
+    exponent = torch.arange(half, device=t.device, dtype=t.dtype) / half
+    angle = t[:, None] * 10.0**-exponent
+    embedding = torch.cat([angle.cos(), angle.sin()], dim=-1)
+    return F.pad(embedding, (0, dim - 2 * half))
+
+
+class TimestepEmbedder(nn.Module):
+    """Time (B,) to its embedding (B, hidden_size)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(FREQUENCY_CHANNELS, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
+
+
+def rotary_table(
+    height: int, width: int, head_dim: int, device: torch.device | None = None
+) -> Tensor:
+    """(cos, sin) of the rotation of every channel pair, (height·width, head_dim/2, 2), float32.
+
+    Even pairs turn with the column, odd pairs with the row; positions run from 0 to 16
+    whatever the number of tokens, so the model sees one and the same image at every
+    resolution (B.4). A single row or column has position 0.
+    """
+    x = torch.linspace(0, 16, width, device=device)
+    y = torch.linspace(0, 16, height, device=device)
+    exponent = torch.arange(0, head_dim, 4, device=device)[: head_dim // 4] / head_dim
+    frequency = 10000.0**-exponent
+    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+    place = torch.stack([grid_x, grid_y], dim=-1).reshape(-1, 1, 2)
+    angle = (place * frequency[:, None]).flatten(1)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+
+def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
+    """Turn adjacent channel pairs of x (B, heads, L, head_dim) by the table; float32 inside."""
+    cos, sin = table.unbind(-1)
+    even, odd = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return turned.flatten(-2).to(x.dtype)

@@ -1,0 +1,94 @@
+"""The pixel decoder: from the noisy image and the DiT's tokens to the velocity.
+
+For each pixel i of each patch, with its RGB values x_i, the position features f_i of its
+place inside the patch and its own condition y_i = upsample(token)_i (specification B.5):
+
+    h = input_proj(pixel_embedder([x_i, f_i]))
+    for each block:   shift, scale, gate = modulation(silu(y_i))
+                      z = layer_norm(h) · (1 + scale) + shift
+                      h = h + gate · fc2(silu(fc1(z)))
+    velocity_i = output(layer_norm(h))
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deco_fast.kernels.layout import from_pixels, to_pixels
+from deco_fast.kernels.linear_upsample.reference import linear_upsample
+
+NORM_EPS = 1e-6
+NUM_FREQUENCIES = 8
+"""Cosine frequencies per axis; a pixel has NUM_FREQUENCIES² position features."""
+
+
+class BlockParameters(NamedTuple):
+    """One AdaLN-Zero block over C channels."""
+
+    norm_weight: Tensor  # (C,)
+    norm_bias: Tensor  # (C,)
+    modulation_weight: Tensor  # (3C, C): shift, scale, gate
+    modulation_bias: Tensor  # (3C,)
+    fc1_weight: Tensor  # (C, C)
+    fc1_bias: Tensor  # (C,)
+    fc2_weight: Tensor  # (C, C)
+    fc2_bias: Tensor  # (C,)
+
+
+class PixelDecoderParameters(NamedTuple):
+    """All weights of the pixel decoder: D the DiT's width, C the decoder's, p the patch size."""
+
+    upsample_weight: Tensor  # (p²·C, D)
+    upsample_bias: Tensor  # (p²·C,)
+    pixel_embedder_weight: Tensor  # (C, 3 + 64)
+    pixel_embedder_bias: Tensor  # (C,)
+    input_proj_weight: Tensor  # (C, C)
+    input_proj_bias: Tensor  # (C,)
+    blocks: tuple[BlockParameters, ...]
+    output_weight: Tensor  # (3, C)
+    output_bias: Tensor  # (3,)
+
+
+def pixel_position_features(patch_size: int, device: torch.device | None = None) -> Tensor:
+    """Cosine features of a pixel's place inside its patch, (p², 64), float32.
+
+    feature[8i + j] = cos(π·px·f_i) · cos(π·py·f_j) / (1 + f_i·f_j), with px, py in [0, 1] and
+    f_k = 8k/7 (specification B.5).
+    """
+    place = torch.linspace(0, 1, patch_size, device=device)
+    frequency = torch.linspace(0, NUM_FREQUENCIES, NUM_FREQUENCIES, device=device)
+    cosine_PF = torch.cos(math.pi * place[:, None] * frequency)
+    damping_FF = 1 / (1 + frequency[:, None] * frequency)
+    features = cosine_PF[None, :, :, None] * cosine_PF[:, None, None, :] * damping_FF
+    return features.reshape(patch_size**2, NUM_FREQUENCIES**2)
+
+
+def pixel_decoder(
+    x: Tensor, tokens: Tensor, parameters: PixelDecoderParameters, patch_size: int
+) -> Tensor:
+    """Decode the noisy image x (B, 3, H, W) under tokens (B, L, D) to the velocity (B, 3, H, W)."""
+    p = parameters
+    y = linear_upsample(tokens, p.upsample_weight, p.upsample_bias, patch_size)
+    pixels = to_pixels(x, patch_size)
+    position = pixel_position_features(patch_size, x.device).to(x.dtype)
+    features = torch.cat([pixels, position.expand(pixels.shape[0], -1, -1)], dim=-1)
+    h = F.linear(features, p.pixel_embedder_weight, p.pixel_embedder_bias)
+    h = F.linear(h, p.input_proj_weight, p.input_proj_bias)
+    condition = F.silu(y)
+    for block in p.blocks:
+        h = _block(h, condition, block)
+    h = F.layer_norm(h, h.shape[-1:], eps=NORM_EPS)
+    velocity = F.linear(h, p.output_weight, p.output_bias)
+    return from_pixels(velocity, *x.shape[-2:], patch_size)
+
+
+def _block(h: Tensor, condition: Tensor, p: BlockParameters) -> Tensor:
+    shift, scale, gate = F.linear(condition, p.modulation_weight, p.modulation_bias).chunk(3, -1)
+    z = F.layer_norm(h, h.shape[-1:], p.norm_weight, p.norm_bias, NORM_EPS) * (1 + scale) + shift
+    z = F.linear(F.silu(F.linear(z, p.fc1_weight, p.fc1_bias)), p.fc2_weight, p.fc2_bias)
+    return h + gate * z
