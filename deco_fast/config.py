@@ -1,0 +1,260 @@
+"""A run's configuration: YAML file, then overrides from the command line, resolved once.
+
+Everything below the commands gets a `RunConfig` and reads neither files nor the environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deco_fast.errors import UserError, nearest
+from deco_fast.flow import TimestepDistribution, TimestepWeight
+from deco_fast.guidance import check_interval
+from deco_fast.losses import FrequencyMode
+from deco_fast.models.card import ModelCard, SamplingSettings
+from deco_fast.models.config import DeCoConfig
+from deco_fast.models.presets import preset
+from deco_fast.resources import config_folder
+from deco_fast.solvers import check_solver
+
+Count = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    """Images and labels."""
+
+    dataset: Literal["digits", "folder"] = Field(
+        "folder", description="digits: scikit-learn's, no download; folder: class folders"
+    )
+    root: str | None = Field(None, description="folder of class folders, for dataset folder")
+    height: Count = Field(256, description="pixels")
+    width: Count = Field(256, description="pixels")
+    random_flip: bool = Field(False, description="mirror half of the images; off in the paper")
+    workers: Annotated[int, Field(ge=0)] = Field(4, description="loader processes per rank")
+
+
+class FlowConfig(_Section):
+    """Times and conditions of a training step."""
+
+    distribution: TimestepDistribution = Field("lognorm", description="of the training times")
+    time_shift: Positive = Field(1.0, description="above 1: more steps near the noise")
+    timestep_weight: TimestepWeight = Field(
+        "constant", description="weight of the flow-matching term over time"
+    )
+    null_probability: Probability = Field(
+        0.1, description="labels replaced by the null class, for guidance"
+    )
+
+
+class LossConfig(_Section):
+    """The frequency-aware term."""
+
+    frequency_weight: NonNegative = Field(1.0, description="its factor; 0 is off")
+    quality: Annotated[int, Field(ge=1, le=100)] = Field(85, description="of the JPEG tables")
+    mode: FrequencyMode = Field("inv_gamma", description="how a table becomes weights")
+    gamma: float = Field(1.0, description="exponent of inv_gamma")
+
+
+class TrainingConfig(_Section):
+    """The optimizer's side."""
+
+    steps: Count = Field(description="optimizer steps")
+    batch_size: Count = Field(256, description="images per step over all processes")
+    gradient_accumulation: Count = Field(1, description="backward passes per step")
+    learning_rate: Positive = 1e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="linear from 0")
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="after the warm-up; cosine ends at 0"
+    )
+    betas: tuple[Probability, Probability] = Field((0.9, 0.999), description="of AdamW")
+    weight_decay: NonNegative = 0.0
+    gradient_clipping: Positive | None = Field(None, description="largest norm of the gradient")
+    ema_decay: Probability = Field(0.9999, description="of the averaged weights")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: autocast, fp32 weights")
+    compile: bool = Field(True, description="torch.compile the model")
+    seed: int = 0
+
+
+class OutputConfig(_Section):
+    """What a run leaves behind, and how often."""
+
+    log_every: Count = Field(50, description="steps between TensorBoard scalars")
+    sample_every: Count = Field(5000, description="steps between grids of samples")
+    sample_count: Count = Field(40, description="images in such a grid")
+    checkpoint_every: Count = Field(5000, description="steps between checkpoints")
+    keep_checkpoints: Count = Field(3, description="the newest ones that are kept")
+
+
+class RunConfig(_Section):
+    """One experiment, complete."""
+
+    name: str = Field(description="of the run and its folder")
+    model: DeCoConfig = Field(description="the network; `preset: NAME` fills in a named one")
+    data: DataConfig = Field(default_factory=DataConfig)
+    flow: FlowConfig = Field(default_factory=FlowConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    training: TrainingConfig
+    sampling: SamplingSettings = Field(
+        default_factory=SamplingSettings, description="how to draw from the trained model"
+    )
+    output: OutputConfig = Field(default_factory=OutputConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        model = fields.get("model")
+        if isinstance(model, dict) and "preset" in model:
+            rest = {key: value for key, value in model.items() if key != "preset"}
+            fields = {**fields, "model": preset(str(model["preset"])).config.to_json() | rest}
+        return fields
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        for side in ("height", "width"):
+            if getattr(self.data, side) % self.model.patch_size:
+                raise ValueError(
+                    f"data.{side} {getattr(self.data, side)} is not divisible by "
+                    f"model.patch_size {self.model.patch_size}"
+                )
+        if self.data.dataset == "digits" and self.model.num_classes != 10:
+            raise ValueError("data.dataset digits has 10 classes: set model.num_classes to 10")
+        if self.data.dataset == "digits" and self.data.height != self.data.width:
+            raise ValueError("data.dataset digits is square: set data.height = data.width")
+        if self.data.dataset == "folder" and self.model.in_channels != 3:
+            raise ValueError("data.dataset folder reads RGB: set model.in_channels to 3")
+        check_solver(self.sampling.solver, self.sampling.order)
+        check_interval(self.sampling.guidance_interval)
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML that `load_config` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def card(self, step: int | None = None) -> ModelCard:
+        """What a checkpoint of this run has to say beside its tensors."""
+        return ModelCard(
+            name=self.name,
+            height=self.data.height,
+            width=self.data.width,
+            sampling=self.sampling,
+            step=step,
+        )
+
+
+def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Resolve a configuration.
+
+    Args:
+        name_or_file: a name in configs/ or the path of a YAML file.
+        overrides: "--section.key value" or "--section.key=value", as typed.
+
+    Raises:
+        UserError: the file, a key or a value is wrong; the nearest right one is named.
+    """
+    fields = _read(name_or_file)
+    for key, value in _pairs(overrides):
+        *sections, leaf = key.split(".")
+        place = fields
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise UserError(f"--{key}: '{section}' is a value, not a section")
+        place[leaf] = value
+    try:
+        return RunConfig.model_validate(fields)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from error
+
+
+def option_help() -> Iterator[tuple[str, str, str]]:
+    """(key, default, description) of every key, for `--help`."""
+    for section, info in RunConfig.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            for key, field in kind.model_fields.items():
+                default = "required" if field.is_required() else str(field.get_default())
+                yield f"{section}.{key}", default, field.description or ""
+        elif isinstance(kind, type) and hasattr(kind, "__dataclass_fields__"):
+            for key in kind.__dataclass_fields__:
+                yield f"{section}.{key}", "", ""
+        else:
+            yield section, "required", info.description or ""
+
+
+def _read(name_or_file: str) -> dict[str, Any]:
+    path = Path(name_or_file)
+    if path.suffix not in (".yaml", ".yml"):
+        path = config_folder() / f"{name_or_file}.yaml"
+        if not path.is_file():
+            names = [file.stem for file in config_folder().glob("*.yaml")]
+            raise UserError(f"unknown configuration '{name_or_file}'{nearest(name_or_file, names)}")
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such configuration file") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        message = " ".join(str(error).split())
+        raise UserError(f"{path}: not readable as YAML: {message}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: must hold sections such as 'model:' and 'training:'")
+    return fields
+
+
+def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    words = iter(overrides)
+    for word in words:
+        if not word.startswith("--"):
+            raise UserError(f"unexpected '{word}': overrides look like --training.steps 1000")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            following = next(words, None)
+            if following is None or following.startswith("--"):
+                raise UserError(f"--{key} needs a value")
+            text = following
+        # Scalars stay text, which pydantic reads by the field's type: YAML 1.1 would make a
+        # string of 1e-4 and a boolean of "off".
+        if text.lower() in ("null", "none"):
+            yield key, None
+        else:
+            yield key, yaml.safe_load(text) if text.startswith("[") else text
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    place = [str(part) for part in first["loc"] if not str(part).startswith("function")]
+    key = ".".join(place)
+    value = first.get("input")
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown key '{key}'{nearest(key, _keys())}"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"'{key}' is not set: add it to the configuration or give --{key}"
+    if first["type"] == "literal_error":
+        choices = _choices(place)
+        return f"{key}: '{value}' is not one of {', '.join(choices)}{nearest(str(value), choices)}"
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        return f"{key}: {message}" if key else message
+    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {value!r}"
+
+
+def _keys() -> list[str]:
+    keys = [key for key, _, _ in option_help()]
+    return [*keys, *{key.split(".")[0] for key in keys}, "model.preset"]
+
+
+def _choices(place: Sequence[str]) -> list[str]:
+    section = RunConfig.model_fields[place[0]].annotation
+    assert isinstance(section, type) and issubclass(section, BaseModel)
+    return [str(choice) for choice in get_args(section.model_fields[place[1]].annotation)]
