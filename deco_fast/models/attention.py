@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from functools import cache
-from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +13,11 @@ from deco_fast.models.embeddings import apply_rotary
 from deco_fast.models.norm import RMSNorm
 
 
-@cache
-def _flash_attn() -> ModuleType | None:
-    try:
-        return importlib.import_module("flash_attn")
-    except ImportError:
-        return None
+flash_attn: Any
+try:
+    import flash_attn
+except ImportError:
+    flash_attn = None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -29,7 +26,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     flash-attn where it is installed and takes the tensors (CUDA, bf16 or fp16, head size a
     multiple of 8 up to 256), else torch's own choice of kernel.
     """
-    flash_attn = _flash_attn()
     head_dim = q.shape[-1]
     if (
         flash_attn is not None

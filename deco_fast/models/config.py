@@ -41,7 +41,9 @@ class DeCoConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if field.type == "int" and getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} must be at least 1, not {getattr(self, field.name)}")
+                raise ValueError(
+                    f"{field.name} must be at least 1, not {getattr(self, field.name)}"
+                )
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of 4 × num_heads "

@@ -121,7 +121,9 @@ class DeCo(nn.Module):
         self._check_conditions(x, t, y)
         for layer in return_layers:
             if not 1 <= layer <= self.config.depth:
-                raise ValueError(f"layer {layer} does not exist: blocks are 1 … {self.config.depth}")
+                raise ValueError(
+                    f"layer {layer} does not exist: blocks are 1 … {self.config.depth}"
+                )
         p = self.config.patch_size
         rotary = rotary_table(
             x.shape[-2] // p, x.shape[-1] // p, self.config.head_dim, device=x.device

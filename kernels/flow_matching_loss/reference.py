@@ -27,9 +27,7 @@ RGB_TO_YCBCR = (
 )
 
 
-def dct_matrix(
-    device: torch.device | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def dct_matrix(device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """The orthonormal 8-point DCT-II matrix A, (8, 8); the transform of a block X is A X Aᵀ."""
     k = torch.arange(BLOCK, device=device, dtype=torch.float64)
     matrix = math.sqrt(2 / BLOCK) * torch.cos(math.pi / BLOCK * (k + 0.5) * k[:, None])
@@ -57,9 +55,7 @@ def ycbcr_block_dct(image: Tensor) -> Tensor:
     """RGB (B, 3, H, W) to its YCbCr 8×8 DCT coefficients (B, 3, ⌈H/8⌉, ⌈W/8⌉, 8, 8)."""
     matrix = image.new_tensor(RGB_TO_YCBCR)
     ycbcr = torch.einsum("dc,bchw->bdhw", matrix, image)
-    blocks = rearrange(
-        reflect_to_blocks(ycbcr), "b c (h u) (w v) -> b c h w u v", u=BLOCK, v=BLOCK
-    )
+    blocks = rearrange(reflect_to_blocks(ycbcr), "b c (h u) (w v) -> b c h w u v", u=BLOCK, v=BLOCK)
     dct = dct_matrix(image.device, image.dtype)
     return dct @ blocks @ dct.T
 

@@ -1,0 +1,95 @@
+"""`torchrun train.py` and `deco-train`: train, or go on with, one run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from deco_fast.config import RunConfig, load_config, option_help
+from deco_fast.errors import run_command
+from deco_fast.training.distributed import Processes, join_processes
+from deco_fast.training.estimate import estimate
+from deco_fast.training.run_folder import RunFolder
+
+
+@run_command
+def main(argv: list[str] | None = None) -> int:
+    """Parse, resolve the configuration, train; the exit status."""
+    parser = _parser()
+    options, overrides = parser.parse_known_args(argv)
+    config = load_config(options.config, overrides)
+    path = Path(options.out) if options.out else Path("runs") / config.name
+    if options.dry_run:
+        return _dry_run(config, path)
+    with join_processes(options.device) as processes:
+        return _train(config, path, processes)
+
+
+def _train(config: RunConfig, path: Path, processes: Processes) -> int:
+    # Imported here, so that --help and --dry-run do not wait for it.
+    from deco_fast.training.trainer import Trainer
+
+    def say(line: str) -> None:
+        if processes.is_main:
+            print(line, flush=True)
+
+    folder = RunFolder(path, config)
+    if processes.is_main:
+        folder.open()
+    processes.barrier()
+    if folder.finished:
+        say(f"{path} has finished all {config.training.steps:,} steps")
+        say(f"draw from it: python sample.py --checkpoint {path}")
+        return 0
+    trainer = Trainer(config, folder, processes)
+    if trainer.resume():
+        say(f"resuming {path} at step {trainer.step:,} of {config.training.steps:,}")
+    else:
+        say(f"training {config.name} in {path} for {config.training.steps:,} steps")
+    say(
+        f"{len(trainer.dataset):,} images, {config.training.batch_size} a step, "
+        f"{processes.world_size} × {processes.device}, {config.training.precision}"
+    )
+    interrupt = trainer.run()
+    if trainer.step < config.training.steps:
+        say(f"saved {folder.checkpoint(trainer.step)}; the same command goes on from there")
+        return interrupt.exit_status
+    say(f"finished: {folder.checkpoint(trainer.step)}")
+    say(f"draw from it: python sample.py --checkpoint {path}")
+    return 0
+
+
+def _dry_run(config: RunConfig, path: Path) -> int:
+    training = config.training
+    print(config.to_yaml(), end="")
+    print(f"\nrun folder          {path}")
+    print(estimate(config).describe(training.batch_size // training.gradient_accumulation))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    keys = "\n".join(
+        f"  --{key:<32} {description}{f' (default {default})' if default else ''}"
+        for key, default, description in option_help()
+    )
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a DeCo model; typed again, the same command goes on where it was.",
+        epilog=f"Every key of the configuration is an option as well:\n{keys}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        default="deco-digits",
+        metavar="NAME|FILE",
+        help="a name in configs/, or a YAML file (default: deco-digits)",
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="the run folder (default: runs/NAME)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved configuration, parameters, FLOPs and memory, and stop",
+    )
+    return parser

@@ -1,0 +1,87 @@
+"""The processes of one training run, as torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from deco_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run; a plain `python train.py` is one of one."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        if self.world_size == 1:
+            return flag
+        flags = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+            values = values / self.world_size
+        return values
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def pick_device(device: str) -> torch.device:
+    """ "auto" is CUDA where there is a GPU, else the CPU; under torchrun the process's own GPU.
+
+    Raises:
+        UserError: the device does not exist here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"unknown device '{device}': use auto, cpu or cuda") from error
+    if chosen.type == "cuda":
+        index = chosen.index if chosen.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"device '{device}' is not available: this machine has "
+                f"{torch.cuda.device_count()} CUDA GPU(s); use --device cpu"
+            )
+        chosen = torch.device("cuda", index)
+    return chosen
+
+
+@contextmanager
+def join_processes(device: str) -> Iterator[Processes]:
+    """Join the run's process group where torchrun started one, and leave it at the end."""
+    chosen = pick_device(device)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size == 1:
+        yield Processes(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), world_size, chosen)
+    finally:
+        dist.destroy_process_group()

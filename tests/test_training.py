@@ -1,0 +1,379 @@
+"""A run of train.py: it learns, stops, goes on exactly, and refuses what it must."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from deco_fast.checkpoint import load_checkpoint, load_training_state
+from deco_fast.cli.train import main
+from deco_fast.config import RunConfig, load_config
+from deco_fast.training.distributed import Processes
+from deco_fast.training.ema import ExponentialMovingAverage
+from deco_fast.training.run_folder import RunFolder
+from deco_fast.training.trainer import Trainer, learning_rate
+
+ROOT = Path(__file__).parent.parent
+
+TINY = [
+    "--model.hidden_size=32",
+    "--model.depth=1",
+    "--model.num_heads=2",
+    "--model.decoder_hidden_size=16",
+    "--model.decoder_depth=1",
+    "--training.batch_size=8",
+    "--training.warmup_steps=2",
+    "--sampling.steps=2",
+    "--output.sample_count=4",
+    "--output.log_every=2",
+    "--output.sample_every=100",
+    "--output.checkpoint_every=100",
+]
+
+
+def run(folder: Path, steps: int, *options: str) -> int:
+    arguments = [*TINY, f"--training.steps={steps}", "--device=cpu", f"--out={folder}", *options]
+    return main(arguments)
+
+
+def tiny_config(*options: str) -> RunConfig:
+    return load_config("deco-digits", [*TINY, "--training.steps=6", *options])
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+    return {
+        f"{name}.{key}": tensor
+        for name in ("model", "ema")
+        for key, tensor in load_file(checkpoint / f"{name}.safetensors").items()
+    }
+
+
+def assert_identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        assert torch.equal(tensor, second[key]), key
+
+
+def test_a_run_leaves_everything_it_should(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, 6, "--output.sample_every=3", "--output.checkpoint_every=2") == 0
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+        "step-00000006",
+    ]
+    assert (folder / "finished").exists()
+    assert (folder / "versions.json").exists()
+    assert load_config(str(folder / "config.yaml")).training.steps == 6
+    assert [path.name for path in sorted((folder / "samples").iterdir())] == [
+        "step-00000003.png",
+        "step-00000006.png",
+    ]
+    with Image.open(folder / "samples" / "step-00000006.png") as grid:
+        assert min(grid.size) >= 32
+    events = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in events.Scalars("loss/total")] == [2, 4, 6]
+    model = load_checkpoint(str(folder))
+    assert model.card is not None
+    assert (model.card.name, model.card.step, model.card.height) == ("deco-digits", 6, 32)
+    capsys.readouterr()
+
+    assert run(folder, 6, "--output.sample_every=3", "--output.checkpoint_every=2") == 0
+    assert "has finished" in capsys.readouterr().out
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    run(tmp_path / "run", 5, "--output.checkpoint_every=1", "--output.keep_checkpoints=2")
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000005"]
+
+
+def test_the_loss_falls(tmp_path: Path) -> None:
+    run(tmp_path / "run", 60, "--output.log_every=10", "--training.learning_rate=3e-3")
+    losses = [
+        e.value for e in EventAccumulator(str(tmp_path / "run")).Reload().Scalars("loss/total")
+    ]
+    assert losses[-1] < 0.75 * losses[0]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_stopped_run_resumes_bit_identically(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    option = f"--training.gradient_accumulation={accumulation}"
+    run(tmp_path / "whole", 7, option)
+
+    # SIGTERM arrives during step 3.
+    original = Trainer._optimizer_step
+
+    def stop_at_three(self: Trainer, *arguments: object) -> torch.Tensor:
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", stop_at_three)
+    assert run(tmp_path / "stopped", 7, option) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert not (tmp_path / "stopped" / "finished").exists()
+    state = load_training_state(tmp_path / "stopped" / "checkpoints" / "step-00000003")
+    assert state["step"] == 3
+
+    assert run(tmp_path / "stopped", 7, option) == 0
+    assert_identical(weights(tmp_path / "whole", 7), weights(tmp_path / "stopped", 7))
+    first, second = (
+        load_training_state(tmp_path / name / "checkpoints" / "step-00000007")
+        for name in ("whole", "stopped")
+    )
+    for index, moments in first["optimizer"]["state"].items():
+        for key, value in moments.items():
+            assert torch.equal(value, second["optimizer"]["state"][index][key]), key
+
+
+def test_a_killed_run_goes_on_from_its_newest_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--output.checkpoint_every=2",)
+    run(tmp_path / "whole", 5, *options)
+    original = Trainer._optimizer_step
+
+    def die_at_four(self: Trainer, *arguments: object) -> torch.Tensor:
+        if self.step == 3:
+            raise RuntimeError("power cut")
+        return original(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", die_at_four)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "killed", 5, *options)
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert run(tmp_path / "killed", 5, *options) == 0
+    assert "at step 2 of 5" in capsys.readouterr().out
+    assert_identical(weights(tmp_path / "whole", 5), weights(tmp_path / "killed", 5))
+    steps = [
+        e.step for e in EventAccumulator(str(tmp_path / "killed")).Reload().Scalars("loss/total")
+    ]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_signals_save_first(tmp_path: Path, number: signal.Signals) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "train.py", *TINY, "--training.steps=100000", f"--out={folder}"]
+    process = subprocess.Popen(
+        [*command, "--device=cpu"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("events.*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert "the same command goes on from there" in out
+    assert len(list((folder / "checkpoints").glob("step-*"))) == 1
+
+
+def test_a_changed_configuration_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    run(folder, 2)
+    before = weights(folder, 2)
+    capsys.readouterr()
+    assert run(folder, 2, "--training.learning_rate=1e-5", "--loss.quality=50") == 2
+    error = capsys.readouterr().err
+    assert "training.learning_rate was 0.002, is 1e-05" in error
+    assert "loss.quality was 85, is 50" in error
+    assert error.count("\n") == 1
+    assert_identical(before, weights(folder, 2))
+    assert run(folder, 2, "--output.log_every=1") == 0
+
+
+def test_gradient_accumulation_is_the_same_step(tmp_path: Path) -> None:
+    """Two halves of a batch give the gradient of the whole, up to rounding."""
+    gradients = []
+    for accumulation in (1, 2):
+        config = tiny_config(
+            f"--training.gradient_accumulation={accumulation}", "--flow.null_probability=0"
+        )
+        trainer = Trainer(config, RunFolder(tmp_path, config), Processes(0, 1, torch.device("cpu")))
+        torch.nn.init.normal_(trainer.model.decoder.output.weight)
+        kept: dict[str, torch.Tensor] = {}
+        trainer.optimizer.register_step_pre_hook(
+            lambda *_, kept=kept, trainer=trainer: kept.update(
+                {
+                    n: p.grad.clone()
+                    for n, p in trainer.model.named_parameters()
+                    if p.grad is not None
+                }
+            )
+        )
+        # The same times and noise for the whole and for its halves.
+        draws = torch.Generator().manual_seed(1)
+        t, noise = torch.rand(8, generator=draws), torch.randn(8, 3, 32, 32, generator=draws)
+        images, labels = next(trainer._batches())
+        place = iter(range(2))
+
+        def losses(
+            network: torch.nn.Module,
+            x: torch.Tensor,
+            y: torch.Tensor,
+            generator: torch.Generator,
+            t: torch.Tensor = t,
+            noise: torch.Tensor = noise,
+            place: object = place,
+            trainer: Trainer = trainer,
+        ) -> object:
+            from deco_fast.flow import interpolate, velocity
+            from deco_fast.losses import flow_matching_loss
+
+            start = next(place) * len(x)  # type: ignore[call-overload]
+            part = slice(start, start + len(x))
+            prediction = network(interpolate(x, noise[part], t[part]), t[part], y)
+            return flow_matching_loss(prediction, velocity(x, noise[part]), trainer.table, 1.0)
+
+        trainer._losses = losses  # type: ignore[method-assign,assignment]
+        trainer._optimizer_step(trainer.model, (images, labels))
+        gradients.append(kept)
+    for name, whole in gradients[0].items():
+        error = (gradients[1][name] - whole).norm() / whole.norm().clamp(min=1e-12)
+        assert error < 1e-4, name
+
+
+@pytest.mark.slow
+def test_torchrun_with_two_processes_resumes_exactly(tmp_path: Path) -> None:
+    def launch(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
+                *("--master_port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
+                *("train.py", *TINY, "--training.steps=4", "--device=cpu", f"--out={folder}"),
+                *options,
+            ],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    result = launch(tmp_path / "whole")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("finished:") == 1
+    launch(tmp_path / "resumed", "--output.checkpoint_every=2")
+    # As if it had been killed after step 2.
+    (tmp_path / "resumed" / "finished").unlink()
+    for file in (tmp_path / "resumed" / "checkpoints" / "step-00000004").iterdir():
+        file.unlink()
+    (tmp_path / "resumed" / "checkpoints" / "step-00000004").rmdir()
+    result = launch(tmp_path / "resumed", "--output.checkpoint_every=2")
+    assert "resuming" in result.stdout, result.stderr
+    assert_identical(weights(tmp_path / "whole", 4), weights(tmp_path / "resumed", 4))
+
+
+def test_dry_run_prints_the_cost_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--dry-run", "--config=deco-l"]) == 0
+    out = capsys.readouterr().out
+    assert "426,938,019" in out
+    assert "FLOPs per image" in out
+    assert "GiB" in out
+    assert "frequency_weight: 1.0" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_exploding_loss_ends_the_run_with_a_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    options = ("--training.learning_rate=1e30", "--output.checkpoint_every=1")
+    assert run(folder, 20, *options) == 2
+    error = capsys.readouterr().err
+    assert "the loss is" in error
+    assert "lower training.learning_rate" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--training.batch_size=9", "--training.gradient_accumulation=2"], "not a multiple"),
+        (["--data.dataset=folder", "--model.num_classes=10"], "data.root is not set"),
+        (["--data.dataset=folder", "--data.root=nowhere"], "nowhere"),
+        (["--device=cuda:7"], "not available"),
+        (["--device=tpu9"], "unknown device"),
+        (["--config=deco-digit"], "did you mean 'deco-digits'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "run", 2, *options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("my thesis")
+    assert run(tmp_path, 2) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_folder_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert run(tmp_path / "file" / "run", 2) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_average_follows_its_formula() -> None:
+    config = tiny_config()
+    from deco_fast.models.deco import DeCo
+
+    model = DeCo(config.model)
+    ema = ExponentialMovingAverage(model, 0.9)
+    name = "patch_embedder.weight"
+    start = model.get_parameter(name).detach().clone()
+    expected = start.double()
+    for _ in range(3):
+        with torch.no_grad():
+            model.get_parameter(name).add_(1.0)
+        ema.update()
+        expected = 0.9 * expected + 0.1 * model.get_parameter(name).double()
+    assert torch.allclose(ema.model.get_parameter(name).double(), expected, atol=1e-6)
+    assert not ema.model.get_parameter(name).requires_grad
+
+
+def test_learning_rate_warms_up_and_follows_the_schedule() -> None:
+    config = load_config(
+        "deco-digits",
+        ["--training.steps=110", "--training.warmup_steps=10", "--training.learning_rate=1.0"],
+    )
+    assert learning_rate(config, 0) == pytest.approx(0.1)
+    assert learning_rate(config, 9) == pytest.approx(1.0)
+    assert learning_rate(config, 60) == pytest.approx(0.5)
+    assert learning_rate(config, 109) == pytest.approx(0.0, abs=1e-3)
+    constant = load_config("deco-xl")
+    assert {learning_rate(constant, step) for step in (0, 1000, 3_999_999)} == {1e-4}
