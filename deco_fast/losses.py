@@ -65,9 +65,7 @@ def frequency_table(
     elif mode == "inv_gamma":
         weights = (steps.mean(dim=(1, 2), keepdim=True) / steps) ** gamma
     else:
-        raise ValueError(
-            f"unknown frequency mode '{mode}'{nearest(mode, get_args(FrequencyMode))}"
-        )
+        raise ValueError(f"unknown frequency mode '{mode}'{nearest(mode, get_args(FrequencyMode))}")
     return (weights / weights.mean(dim=(1, 2), keepdim=True)).float()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -12,8 +10,6 @@ from torch import Tensor, nn
 from deco_fast.models.embeddings import apply_rotary
 from deco_fast.models.norm import RMSNorm
 
-
-flash_attn: Any
 try:
     import flash_attn
 except ImportError:

@@ -21,7 +21,8 @@ from deco_fast.models.presets import preset
 class DeCo(nn.Module):
     """Class-conditional DeCo: `decode(x, encode(x, t, y))` is the velocity.
 
-    Any height and width divisible by the patch size; the weights do not depend on them.
+    Any height and width divisible by the patch size; the weights do not depend on them. They
+    begin as published (specification B.8): at zero velocity, though no DiT block at zero.
 
     Attributes:
         config: the network's shape.
@@ -39,7 +40,9 @@ class DeCo(nn.Module):
         self.class_embedder = nn.Embedding(config.num_classes + 1, config.hidden_size)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.decoder = PixelDecoder(config)
-        self.initialize_weights()
+        nn.init.xavier_uniform_(self.patch_embedder.weight)
+        nn.init.zeros_(self.patch_embedder.bias)
+        nn.init.normal_(self.class_embedder.weight, std=config.class_embedding_std)
 
     @classmethod
     def from_preset(cls, name: str) -> DeCo:
@@ -49,28 +52,6 @@ class DeCo(nn.Module):
             UserError: there is no such preset.
         """
         return cls(*preset(name))
-
-    @torch.no_grad()
-    def initialize_weights(self) -> None:
-        """The published initialisation (B.8), on top of torch's defaults.
-
-        The decoder begins at zero velocity; the DiT's modulation does not begin at zero.
-        """
-        nn.init.xavier_uniform_(self.patch_embedder.weight)
-        nn.init.zeros_(self.patch_embedder.bias)
-        nn.init.normal_(self.class_embedder.weight, std=self.config.class_embedding_std)
-        for layer in (self.timestep_embedder.mlp[0], self.timestep_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        linears = [self.decoder.upsample, self.decoder.input_proj]
-        for block in self.decoder.blocks:
-            linears += [block.mlp[0], block.mlp[2]]
-            nn.init.zeros_(block.modulation.weight)
-            nn.init.zeros_(block.modulation.bias)
-        for linear in linears:
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
-        nn.init.zeros_(self.decoder.output.weight)
-        nn.init.zeros_(self.decoder.output.bias)
 
     @property
     def dtype(self) -> torch.dtype:

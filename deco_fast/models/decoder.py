@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from deco_fast import ops
@@ -14,20 +16,33 @@ from deco_fast.kernels.pixel_decoder.reference import (
 from deco_fast.models.config import DeCoConfig
 
 
+def _xavier_linear(in_features: int, out_features: int) -> nn.Linear:
+    linear = nn.Linear(in_features, out_features)
+    nn.init.xavier_uniform_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    linear = nn.Linear(in_features, out_features)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
 class DecoderBlock(nn.Module):
     """Parameters of one AdaLN-Zero block over the decoder's C channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels, eps=NORM_EPS)
-        self.mlp = nn.Sequential(
-            nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, channels)
-        )
-        self.modulation = nn.Linear(channels, 3 * channels)
+        fc1, fc2 = _xavier_linear(channels, channels), _xavier_linear(channels, channels)
+        self.mlp = nn.Sequential(fc1, nn.SiLU(), fc2)
+        self.modulation = _zero_linear(channels, 3 * channels)
 
     def op_parameters(self) -> BlockParameters:
         """The weights in the op's order."""
-        fc1, _, fc2 = self.mlp
+        fc1, fc2 = cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
         return BlockParameters(
             norm_weight=self.norm.weight,
             norm_bias=self.norm.bias,
@@ -48,10 +63,10 @@ class PixelDecoder(nn.Module):
         channels = config.decoder_hidden_size
         self.patch_size = config.patch_size
         self.pixel_embedder = nn.Linear(config.in_channels + NUM_FREQUENCIES**2, channels)
-        self.input_proj = nn.Linear(channels, channels)
-        self.upsample = nn.Linear(config.hidden_size, config.patch_size**2 * channels)
+        self.input_proj = _xavier_linear(channels, channels)
+        self.upsample = _xavier_linear(config.hidden_size, config.patch_size**2 * channels)
         self.blocks = nn.ModuleList(DecoderBlock(channels) for _ in range(config.decoder_depth))
-        self.output = nn.Linear(channels, config.in_channels)
+        self.output = _zero_linear(channels, config.in_channels)
 
     def op_parameters(self) -> PixelDecoderParameters:
         """The weights in the op's order."""
@@ -62,7 +77,7 @@ class PixelDecoder(nn.Module):
             pixel_embedder_bias=self.pixel_embedder.bias,
             input_proj_weight=self.input_proj.weight,
             input_proj_bias=self.input_proj.bias,
-            blocks=tuple(block.op_parameters() for block in self.blocks),
+            blocks=tuple(cast(DecoderBlock, block).op_parameters() for block in self.blocks),
             output_weight=self.output.weight,
             output_bias=self.output.bias,
         )

@@ -29,14 +29,15 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(FREQUENCY_CHANNELS, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size),
-        )
+        first = nn.Linear(FREQUENCY_CHANNELS, hidden_size)
+        second = nn.Linear(hidden_size, hidden_size)
+        for linear in (first, second):
+            nn.init.normal_(linear.weight, std=0.02)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
+        weights = next(self.mlp.parameters())
+        return self.mlp(timestep_embedding(t).to(weights.dtype))
 
 
 def rotary_table(

@@ -76,7 +76,8 @@ def sample(
         if guidance_scale == 1 or not guidance_active(step_start, guidance_interval, closed_end):
             return model(x, x.new_full((len(x),), t), condition).to(x.dtype)
         v = model(torch.cat([x, x]), x.new_full((2 * len(x),), t), both).to(x.dtype)
-        return guide(*v.chunk(2), guidance_scale, guidance_rescale)
+        unconditional, conditional = v.chunk(2)
+        return guide(unconditional, conditional, guidance_scale, guidance_rescale)
 
     states = solve(velocity, x, times, solver, order)
     for x in tqdm(states, total=steps, desc="sampling", unit="step", disable=not progress):  # noqa: B007

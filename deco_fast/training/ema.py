@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch import Tensor
 
 from deco_fast.models.deco import DeCo
 
@@ -21,7 +22,7 @@ class ExponentialMovingAverage:
     def __init__(self, model: DeCo, decay: float) -> None:
         self.model = copy.deepcopy(model).float().requires_grad_(False).eval()
         self.decay = decay
-        self._averaged = list(self.model.parameters())
+        self._averaged: list[Tensor] = list(self.model.parameters())
         self._weights = list(model.parameters())
 
     @torch.no_grad()

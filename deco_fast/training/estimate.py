@@ -37,9 +37,10 @@ class Estimate:
     def describe(self, batch_size: int) -> str:
         """The figures for people, at a batch size per process and backward pass."""
         memory = self.state_bytes + batch_size * self.activation_bytes
+        decoder = f"(pixel decoder {self.decoder_parameters:,})"
         return "\n".join(
             [
-                f"parameters          {self.parameters:,} (pixel decoder {self.decoder_parameters:,})",
+                f"parameters          {self.parameters:,} {decoder}",
                 f"FLOPs per image     {self.forward_flops / 1e9:,.2f} G forward, "
                 f"{self.training_flops / 1e9:,.2f} G forward and backward",
                 f"memory, estimated   {memory / 2**30:,.2f} GiB: {self.state_bytes / 2**30:,.2f} "
@@ -82,10 +83,10 @@ def _step(model: DeCo, config: RunConfig, batch_size: int) -> tuple[int, int, in
 
     weights = {id(p.untyped_storage()) for p in model.parameters()}
     autocast = torch.autocast("cpu", torch.bfloat16, config.training.precision == "bf16")
-    with FlopCounterMode(display=False) as forward, autocast:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            velocity = model(x, t, y)
-            loss, _, _ = flow_matching_loss(velocity, x, frequency_table(), 1.0)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with FlopCounterMode(display=False) as forward, autocast, hooks:
+        velocity = model(x, t, y)
+        loss, _, _ = flow_matching_loss(velocity, x, frequency_table(), 1.0)
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     nbytes = sum(storage.nbytes() for key, storage in kept.items() if key not in weights)

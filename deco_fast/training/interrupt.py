@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 class Interrupt:
@@ -27,7 +28,7 @@ class Interrupt:
 def catch_interrupt() -> Iterator[Interrupt]:
     """Note SIGINT and SIGTERM instead of dying of them; a second one is not held back."""
     interrupt = Interrupt()
-    previous = {}
+    previous: dict[signal.Signals, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
         interrupt.signal = signal.Signals(number)

@@ -99,7 +99,7 @@ class RunFolder:
 def versions() -> dict[str, Any]:
     """What a run's figures depend on besides its configuration."""
     packages = ("deco-fast", "torch", "triton", "flash-attn", "numpy", "scikit-learn", "pillow")
-    found = {}
+    found: dict[str, str | None] = {}
     for package in packages:
         try:
             found[package] = metadata.version(package)

@@ -84,7 +84,7 @@ def pixel_decoder(
         h = _block(h, condition, block)
     h = F.layer_norm(h, h.shape[-1:], eps=NORM_EPS)
     velocity = F.linear(h, p.output_weight, p.output_bias)
-    return from_pixels(velocity, *x.shape[-2:], patch_size)
+    return from_pixels(velocity, x.shape[-2], x.shape[-1], patch_size)
 
 
 def _block(h: Tensor, condition: Tensor, p: BlockParameters) -> Tensor:
