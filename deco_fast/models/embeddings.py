@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,8 +38,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     def forward(self, t: Tensor) -> Tensor:
-        weights = next(self.mlp.parameters())
-        return self.mlp(timestep_embedding(t).to(weights.dtype))
+        dtype = cast(nn.Linear, self.mlp[0]).weight.dtype
+        return self.mlp(timestep_embedding(t).to(dtype))
 
 
 def rotary_table(

@@ -29,8 +29,7 @@ from deco_fast.flow import interpolate, sample_timesteps, timestep_weight, veloc
 from deco_fast.losses import flow_matching_loss, frequency_table
 from deco_fast.models.deco import DeCo
 from deco_fast.sampling.images import save_grid
-from deco_fast.sampling.loop import sample
-from deco_fast.sampling.noise import noise_for
+from deco_fast.sampling.run import draw, labels_for
 from deco_fast.training.distributed import Processes
 from deco_fast.training.ema import ExponentialMovingAverage
 from deco_fast.training.interrupt import Interrupt, catch_interrupt
@@ -235,23 +234,9 @@ class Trainer:
         """A grid of the averaged model's images, always of the same noise and classes."""
         if not self.processes.is_main:
             return
-        config, sampling = self.config, self.config.sampling
-        count = config.output.sample_count
-        shape = (config.model.in_channels, config.data.height, config.data.width)
-        noise = torch.stack([noise_for(config.training.seed, i, shape) for i in range(count)])
-        labels = torch.arange(count) % config.model.num_classes
-        images = sample(
-            self.ema.model,
-            noise.to(self.device),
-            labels.to(self.device),
-            steps=sampling.steps,
-            solver=sampling.solver,
-            order=sampling.order,
-            guidance_scale=sampling.guidance_scale,
-            guidance_interval=sampling.guidance_interval,
-            guidance_rescale=sampling.guidance_rescale,
-            time_shift=sampling.time_shift,
-        )
+        labels = labels_for(self.config.output.sample_count, self.config.model.num_classes)
+        batches = draw(self.ema.model, labels, seed=self.config.training.seed)
+        images = torch.cat([images for _, images in batches])
         path = self.folder.path / "samples" / f"step-{self.step:08d}.png"
         save_grid(images, path)
         monitor.say(f"samples: {path}")
