@@ -1,0 +1,50 @@
+"""From a file's image to the tensor that the model is trained on (spec B.12)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """`image` in mode RGB; alpha is dropped, as in the published pipeline.
+
+    Raises:
+        ValueError: for floating-point pixels, whose range the file does not tell.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow clips 16-bit grey at 255, which turns almost every such image white.
+        grey = np.asarray(image, dtype=np.float64) / 257
+        image = Image.fromarray(np.clip(grey + 0.5, 0, 255).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns about every such file
+    return image.convert("RGB")
+
+
+def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The ADM centre crop: the largest centred part of the right shape, scaled to size.
+
+    The image is halved with a box filter while both sides stay at least twice as long as
+    wanted, then scaled bicubically until it just covers `height` x `width` pixels, then cut,
+    the remainder of an odd margin falling to the right and bottom. For a square this is the
+    published crop; the same rule serves other shapes.
+    """
+    while image.width >= 2 * width and image.height >= 2 * height:
+        half = (image.width // 2, image.height // 2)
+        image = image.resize(half, resample=Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    covering = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(covering, resample=Image.Resampling.BICUBIC)
+    left = (image.width - width) // 2
+    top = (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as (3, H, W) float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+    return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1

@@ -1,0 +1,8 @@
+"""Measure how good drawn images are: `python evaluate.py digits`. See `--help`."""
+
+import sys
+
+from deco_fast.cli.evaluate import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,380 @@
+"""Datasets, transforms and the order of samples."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from deco_fast.data import DigitsDataset, EpochBatches, FolderDataset
+from deco_fast.data.transforms import centre_crop, to_rgb, to_tensor
+from deco_fast.errors import UserError
+
+# --- digits ---------------------------------------------------------------------------------
+
+
+def test_digits_are_rgb_in_range() -> None:
+    dataset = DigitsDataset("train")
+    assert dataset.images.shape == (1437, 3, 32, 32)
+    assert dataset.images.dtype == torch.float32
+    assert dataset.images.amin() == -1 and dataset.images.amax() == 1
+    assert dataset.labels.dtype == torch.int64
+    image, label = dataset[5]
+    assert image.shape == (3, 32, 32) and type(label) is int and label == dataset.labels[5]
+    assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
+
+
+def test_digits_split_is_stratified_and_holds_every_digit_once() -> None:
+    # At size 8 nothing is enlarged, so that the images are scikit-learn's own.
+    splits = [DigitsDataset("train", size=8), DigitsDataset("test", size=8)]
+    assert [len(split) for split in splits] == [1437, 360]
+    for split, fraction in zip(splits, (0.8, 0.2), strict=True):
+        expected = np.bincount(load_digits().target) * fraction
+        np.testing.assert_allclose(split.labels.bincount(), expected, atol=1)
+
+    def as_counter(images: Tensor, labels: Tensor) -> Counter[tuple[bytes, int]]:
+        return Counter(
+            (image.numpy().tobytes(), int(label))
+            for image, label in zip(images, labels, strict=True)
+        )
+
+    original = load_digits()
+    pixels = torch.from_numpy(original.images).float() / 8 - 1
+    together = sum(
+        (as_counter(split.images[:, 0].contiguous(), split.labels) for split in splits), Counter()
+    )
+    assert together == as_counter(pixels, torch.from_numpy(original.target))
+
+
+def test_digits_split_is_fixed() -> None:
+    """Figures compare only while the held-out images stay the same ones."""
+    dataset = DigitsDataset("test", size=8)
+    ink = ((dataset.images[:, 0] + 1) * 8).sum((1, 2))
+    assert dataset.labels[:8].tolist() == [7, 6, 3, 7, 7, 3, 2, 8]
+    assert ink[:8].tolist() == [278, 312, 334, 277, 273, 268, 291, 383]
+
+
+def test_digits_enlarge_bilinearly() -> None:
+    small = DigitsDataset("test", size=8).images[:4, 0].numpy()
+    large = DigitsDataset("test", size=16).images[:4, 0].numpy()
+    # At twice the size every new pixel lies a quarter pixel from its nearest old one.
+    rows = 0.75 * small[:, 1:-1] + 0.25 * small[:, :-2]
+    inner = 0.75 * rows[:, :, 1:-1] + 0.25 * rows[:, :, :-2]
+    np.testing.assert_allclose(large[:, 2:-2:2, 2:-2:2], inner, atol=1e-6)
+
+
+@pytest.mark.parametrize(("split", "size"), [("all", 32), ("train", 4)])
+def test_digits_refuse_wrong_arguments(split: str, size: int) -> None:
+    with pytest.raises(ValueError, match="choose"):
+        DigitsDataset(split, size)  # type: ignore[arg-type]
+
+
+# --- order ----------------------------------------------------------------------------------
+
+sizes = st.integers(1, 40)
+
+
+@settings(deadline=None)
+@given(dataset_size=sizes, batch_size=sizes, seed=st.integers(0, 2**40))
+def test_order_shows_every_sample_once_an_epoch(
+    dataset_size: int, batch_size: int, seed: int
+) -> None:
+    epochs = 3
+    steps = -(-epochs * dataset_size // batch_size)
+    batches = list(itertools.islice(EpochBatches(dataset_size, batch_size, seed), steps))
+    assert all(len(batch) == batch_size for batch in batches)
+    stream = list(itertools.chain(*batches))
+    for epoch in range(epochs):
+        shown = stream[epoch * dataset_size : (epoch + 1) * dataset_size]
+        assert sorted(shown) == list(range(dataset_size))
+
+
+@settings(deadline=None)
+@given(dataset_size=sizes, batch_size=sizes, seed=st.integers(0, 2**40), start=st.integers(0, 99))
+def test_order_resumes_at_any_step(
+    dataset_size: int, batch_size: int, seed: int, start: int
+) -> None:
+    unbroken = EpochBatches(dataset_size, batch_size, seed)
+    resumed = EpochBatches(dataset_size, batch_size, seed, start_step=start)
+    expected = list(itertools.islice(unbroken, start, start + 5))
+    assert list(itertools.islice(resumed, 5)) == expected
+    assert list(itertools.islice(resumed, 5)) == expected  # iterating keeps no state
+    assert [resumed.global_batch(start + step) for step in range(5)] == expected
+
+
+@settings(deadline=None)
+@given(
+    dataset_size=sizes,
+    local_size=st.integers(1, 9),
+    world_size=st.integers(1, 6),
+    start=st.integers(0, 20),
+)
+def test_order_is_shared_among_ranks(
+    dataset_size: int, local_size: int, world_size: int, start: int
+) -> None:
+    batch_size = local_size * world_size
+    ranks = [
+        EpochBatches(dataset_size, batch_size, 3, rank, world_size, start_step=start)
+        for rank in range(world_size)
+    ]
+    alone = EpochBatches(dataset_size, batch_size, 3, start_step=start)
+    for whole, *parts in itertools.islice(zip(alone, *ranks, strict=True), 4):
+        assert all(len(part) == local_size for part in parts)
+        assert list(itertools.chain(*parts)) == whole
+
+
+def test_order_differs_between_epochs_and_seeds() -> None:
+    def epoch(seed: int, number: int) -> list[int]:
+        return EpochBatches(500, 500, seed).global_batch(number)
+
+    orders = [epoch(seed, number) for seed in range(3) for number in range(3)]
+    assert all(a != b for a, b in itertools.combinations(orders, 2))
+    # A shuffle: next to none of the samples stay where they were.
+    for order in orders:
+        assert np.mean(np.array(order) == np.arange(500)) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dataset_size": 0}, "no samples"),
+        ({"batch_size": 0}, "multiple"),
+        ({"batch_size": 10, "world_size": 4}, "multiple of 4"),
+        ({"rank": 2, "world_size": 2}, "rank"),
+        ({"seed": -1}, "seed"),
+        ({"start_step": -1}, "start_step"),
+    ],
+)
+def test_order_refuses_wrong_arguments(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EpochBatches(**({"dataset_size": 8, "batch_size": 4, "seed": 0} | arguments))
+
+
+# --- transforms -----------------------------------------------------------------------------
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    """Red grows with x, green with y, so that a crop tells where it was taken."""
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([x * 255 / width, y * 255 / height, 0 * x], axis=-1)
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size"),
+    [(64, 64, 16), (65, 47, 16), (31, 90, 16), (7, 5, 16), (16, 200, 16), (333, 500, 64)],
+)
+def test_centre_crop_takes_the_middle(width: int, height: int, size: int) -> None:
+    red, green, _ = np.asarray(centre_crop(gradient(width, height), size, size), float).T
+    short = min(width, height)
+    centres = (np.arange(size) + 0.5) / size - 0.5
+    # One pixel of the input, and half a pixel of the output where the margin is odd.
+    tolerance = 255 * (1 / short + 0.5 / size) + 1
+    middle = slice(1, -1)  # the filter is one-sided at the border
+    x = 255 * (0.5 + centres * short / width)
+    y = 255 * (0.5 + centres * short / height)
+    np.testing.assert_allclose(red.mean(1)[middle], x[middle], atol=tolerance)
+    np.testing.assert_allclose(green.mean(0)[middle], y[middle], atol=tolerance)
+
+
+def test_centre_crop_is_the_adm_crop() -> None:
+    """Its steps by hand: halve 154x90 to 77x45, scale to 51x30, cut 10 and 11 columns."""
+    # Multiples of four, so that Pillow's halving has nothing to round.
+    noise = 4 * np.random.default_rng(0).integers(0, 64, (90, 154, 3), dtype=np.uint8)
+    halved = noise.reshape(45, 2, 77, 2, 3).mean((1, 3)).astype(np.uint8)
+    scaled = Image.fromarray(halved).resize((51, 30), Image.Resampling.BICUBIC)
+    cropped = centre_crop(Image.fromarray(noise), 30, 30)
+    np.testing.assert_array_equal(np.asarray(cropped), np.asarray(scaled)[:, 10:40])
+
+
+def test_centre_crop_to_another_shape() -> None:
+    cropped = centre_crop(gradient(300, 100), 32, 64)
+    assert cropped.size == (64, 32)
+    red, green, _ = np.asarray(cropped, float).T
+    # The whole height and the middle 200 of 300 columns are seen.
+    assert green.min() < 10 and green.max() > 245
+    np.testing.assert_allclose([red.min(), red.max()], [255 / 6, 255 * 5 / 6], atol=6)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    image = to_rgb(Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode))
+    assert image.mode == "RGB"
+    assert np.asarray(image).min() >= 254
+
+
+def test_palette_with_transparency_becomes_rgb(recwarn: pytest.WarningsRecorder) -> None:
+    buffer = io.BytesIO()
+    palette = Image.new("RGB", (4, 4), (200, 100, 50)).convert("P", palette=Image.Palette.ADAPTIVE)
+    palette.save(buffer, "png", transparency=b"\x80")
+    with Image.open(buffer) as image:
+        assert image.mode == "P"
+        assert to_rgb(image).getpixel((0, 0)) == (200, 100, 50)
+    assert not recwarn.list
+
+
+def test_16_bit_grey_keeps_its_shades() -> None:
+    shades = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    rgb = np.asarray(to_rgb(Image.fromarray(shades)))
+    np.testing.assert_array_equal(rgb[..., 1].ravel(), np.arange(256))
+
+
+def test_floating_point_pixels_are_refused() -> None:
+    with pytest.raises(ValueError, match="range"):
+        to_rgb(Image.new("F", (4, 4)))
+
+
+def test_to_tensor_scales_to_minus_one_and_one() -> None:
+    pixels = np.array([[[0, 51, 255]], [[255, 0, 102]]], dtype=np.uint8)
+    expected = torch.tensor([[[-1.0], [1.0]], [[-0.6], [-1.0]], [[1.0], [-0.2]]])
+    torch.testing.assert_close(to_tensor(Image.fromarray(pixels)), expected)
+
+
+# --- folder ---------------------------------------------------------------------------------
+
+
+def save(path: Path, shade: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 20), (shade, shade, shade)).save(path)
+
+
+def shade_of(image: Tensor) -> int:
+    return round(float((image.mean() + 1) * 127.5))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three classes; the shade of an image is its place in the dataset times ten."""
+    for place, name in enumerate(
+        ["ant/1.png", "ant/2.JPEG", "ant/sub/0.png", "bee/x.jpg", "bee/y.webp", "cat/only.bmp"]
+    ):
+        save(tmp_path / name, 10 * place)
+    save(tmp_path / "ant/.hidden.png", 255)
+    save(tmp_path / ".cache/1.png", 255)
+    save(tmp_path / "cat/.thumbnails/1.png", 255)
+    save(tmp_path / "stray.png", 255)
+    (tmp_path / "bee/notes.txt").write_text("no image")
+    return tmp_path
+
+
+def test_folder_classes_and_images(folder: Path) -> None:
+    dataset = FolderDataset(folder, 16, 16)
+    assert dataset.classes == ["ant", "bee", "cat"] and dataset.num_classes == 3
+    assert len(dataset) == 6
+    samples = [dataset[index] for index in range(6)]
+    assert [label for _, label in samples] == [0, 0, 0, 1, 1, 2]
+    np.testing.assert_allclose([shade_of(image) for image, _ in samples], range(0, 60, 10), atol=2)
+    assert all(image.shape == (3, 16, 16) for image, _ in samples)
+    assert dataset.path(2) == folder / "ant/sub/0.png"
+    with pytest.raises(IndexError):
+        dataset[6]
+
+
+def test_folder_crops_to_shape(folder: Path) -> None:
+    gradient(90, 60).save(folder / "ant/0.png")
+    image, _ = FolderDataset(folder, 16, 32)[0]
+    assert torch.equal(image, to_tensor(centre_crop(gradient(90, 60), 16, 32)))
+
+
+def test_folder_flip_doubles_the_samples(folder: Path) -> None:
+    gradient(40, 40).save(folder / "bee/x.jpg")
+    plain = FolderDataset(folder, 16, 16)
+    dataset = FolderDataset(folder, 16, 16, random_flip=True)
+    assert len(dataset) == 2 * len(plain)
+    for index in range(len(plain)):
+        image, label = plain[index]
+        assert torch.equal(dataset[index][0], image) and dataset[index][1] == label
+        mirrored, mirrored_label = dataset[index + len(plain)]
+        assert torch.equal(mirrored, image.flip(-1)) and mirrored_label == label
+    assert not torch.equal(plain[3][0], plain[3][0].flip(-1))
+
+
+def damage(folder: Path) -> list[Path]:
+    whole = (folder / "bee/x.jpg").read_bytes()
+    (folder / "bee/x.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "bee/y.webp").write_text("<html>not found</html>")
+    (folder / "cat/only.bmp").write_bytes(b"")
+    return [folder / "bee/x.jpg", folder / "bee/y.webp", folder / "cat/only.bmp"]
+
+
+def test_folder_skips_and_names_unreadable_images(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = damage(folder)
+    dataset = FolderDataset(folder, 16, 16, random_flip=True)
+    assert dataset.unreadable() == []
+    for _ in range(2):
+        for index in (3, 4, 5, 9):  # past the last image it goes on with the first
+            image, label = dataset[index]
+            assert shade_of(image) == 0 and label == 0
+        assert dataset.unreadable() == damaged
+    assert [record.getMessage().split(": ")[0] for record in caplog.records] == [
+        f"skipped unreadable image {path}" for path in damaged
+    ]
+
+
+def test_folder_counts_what_its_workers_skip(folder: Path) -> None:
+    damaged = damage(folder)
+    dataset = FolderDataset(folder, 16, 16)
+    order = EpochBatches(len(dataset), 3, seed=0)
+
+    def first_epoch(num_workers: int) -> list[Tensor]:
+        loader = DataLoader(dataset, batch_sampler=order, num_workers=num_workers)
+        return [images for images, _ in itertools.islice(loader, 2)]
+
+    with_workers = first_epoch(2)
+    assert dataset.unreadable() == damaged
+    torch.testing.assert_close(with_workers, first_epoch(0), rtol=0, atol=0)
+
+
+def test_folder_names_the_first_ten_only(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(12):
+        (folder / f"bee/broken{number}.png").write_bytes(b"")
+    dataset = FolderDataset(folder, 16, 16)
+    for index in range(len(dataset)):
+        dataset[index]
+    assert len(dataset.unreadable()) == 12
+    assert len(caplog.records) == 11
+    assert "further" in caplog.records[-1].getMessage()
+
+
+def test_folder_stops_when_nothing_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "ant").mkdir()
+    for number in range(3):
+        (tmp_path / f"ant/{number}.png").write_bytes(b"")
+    dataset = FolderDataset(tmp_path, 16, 16)
+    with pytest.raises(UserError, match=r"3 image.* check"):
+        dataset[1]
+
+
+def test_folder_refuses_what_is_no_image_folder(folder: Path) -> None:
+    def error(root: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            FolderDataset(root, 16, 16)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    missing = folder / "missing"
+    assert str(missing) in error(missing) and "does not exist" in error(missing)
+    assert "no folder" in error(folder / "stray.png")
+    empty = folder / "empty"
+    empty.mkdir()
+    assert str(empty) in error(empty) and "no class folders" in error(empty)
+    message = error(folder)  # `empty` is now one of its class folders
+    assert str(empty) in message and "has no images" in message and "put images" in message
+
+
+def test_folder_refuses_an_empty_size(folder: Path) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        FolderDataset(folder, 0, 16)
