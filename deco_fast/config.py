@@ -84,7 +84,7 @@ class TrainingConfig(_Section):
     ema_decay: Probability = Field(0.9999, description="of the averaged weights")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: autocast, fp32 weights")
     compile: bool = Field(True, description="torch.compile the model")
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class OutputConfig(_Section):

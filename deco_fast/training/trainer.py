@@ -102,7 +102,7 @@ class Trainer:
         )
         with monitor, catch_interrupt() as interrupt:
             while self.step < config.training.steps:
-                totals += self._optimizer_step(network, next(batches))
+                totals += self._optimizer_step(network, _next(batches))
                 self.step += 1
                 monitor.step()
                 if self.step % output.log_every == 0 or self.step == config.training.steps:
@@ -117,8 +117,10 @@ class Trainer:
                     self._save_checkpoint()
                 if stopping:
                     break
-        if self.step == config.training.steps and self.processes.is_main:
-            self.folder.mark_finished()
+        if self.processes.is_main:
+            self._report_unreadable()
+            if self.step == config.training.steps:
+                self.folder.mark_finished()
         self.processes.barrier()
         return interrupt
 
@@ -241,6 +243,10 @@ class Trainer:
         save_grid(images, path)
         monitor.say(f"samples: {path}")
 
+    def _report_unreadable(self) -> None:
+        if isinstance(self.dataset, FolderDataset) and (files := self.dataset.unreadable()):
+            print(f"{len(files)} unreadable images were skipped, {files[0]} first")
+
     def _save_checkpoint(self) -> None:
         if self.processes.is_main:
             save_checkpoint(
@@ -258,6 +264,14 @@ class Trainer:
             )
             self.folder.drop_old_checkpoints(self.config.output.keep_checkpoints)
         self.processes.barrier()
+
+
+def _next(batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    try:
+        return next(batches)
+    except UserError as error:
+        # From a loader's worker the message comes wrapped in that worker's traceback.
+        raise UserError(str(error).rsplit("UserError: ", 1)[-1]) from error
 
 
 def _ignore_interrupt(worker: int) -> None:
