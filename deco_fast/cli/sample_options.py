@@ -1,0 +1,167 @@
+"""The options of the sampling command."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from deco_fast.checkpoint.format import WEIGHTS
+from deco_fast.cli.parser import CommandParser, checked, number, one_of, whole_number
+from deco_fast.models.presets import PRESETS, preset
+from deco_fast.sampling.recipes import RECIPES, check_recipe
+from deco_fast.solvers import MAX_ORDER, check_solver
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def sample_parser() -> CommandParser:
+    """The parser; a value that is wrong by itself is refused by it."""
+    parser = CommandParser(
+        prog="sample.py",
+        description="Draw images: a grid and single PNG files, or an npz file for the ADM\n"
+        "evaluation suite. Image i begins from the same noise whatever the batch size or\n"
+        "the number of processes. To share the work between 8 GPUs:\n\n"
+        "  torchrun --nproc-per-node 8 -- sample.py --num 50000 --npz samples.npz\n\n"
+        "(without the -- torchrun takes --num for its own --numa-binding)",
+        epilog="recipes of the paper (with its guidance: 3.2 in (0.1, 1], 5.0 from 512×512):\n"
+        + "\n".join(f"  {name:<11} {recipe.description}" for name, recipe in RECIPES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_model_options(parser.add_argument_group("model"))
+    _add_image_options(parser.add_argument_group("images"))
+    _add_settings_options(
+        parser.add_argument_group(
+            "settings", "what is not given comes from the recipe, the preset or the checkpoint"
+        )
+    )
+    _add_output_options(parser.add_argument_group("output"))
+    _add_machine_options(parser.add_argument_group("machine"))
+    return parser
+
+
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help="a run folder, a checkpoint folder, a .safetensors or published .ckpt file, or "
+        "hf:owner/repository/file (default: the newest run that has finished, else the "
+        "checkpoint that ships with the package)",
+    )
+    group.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        metavar="FOLDER",
+        help="where runs are looked for (default: %(default)s)",
+    )
+    group.add_argument(
+        "--weights",
+        type=one_of(WEIGHTS),
+        default="ema",
+        help="ema (the moving average) or model (default: %(default)s)",
+    )
+    group.add_argument(
+        "--preset",
+        type=checked(preset),
+        metavar="NAME",
+        help=f"image size and settings of {', '.join(PRESETS)} (default: the checkpoint's own)",
+    )
+
+
+def _add_image_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--num", type=whole_number(1), default=40, help="images (default: %(default)s)"
+    )
+    group.add_argument(
+        "--classes",
+        type=whole_number(0),
+        nargs="+",
+        metavar="CLASS",
+        help="image i is of the (i mod how many)th of them (default: all classes in turn)",
+    )
+    group.add_argument(
+        "--seed", type=whole_number(0, 2**64 - 1), default=0, help="(default: %(default)s)"
+    )
+    for side in ("height", "width"):
+        group.add_argument(
+            f"--{side}",
+            type=whole_number(1),
+            metavar="PIXELS",
+            help="divisible by the patch size (default: the checkpoint's)",
+        )
+
+
+def _add_settings_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--recipe", type=checked(check_recipe), metavar="NAME", help=", ".join(RECIPES)
+    )
+    group.add_argument("--steps", type=whole_number(1), help="solver steps")
+    group.add_argument(
+        "--solver", type=checked(check_solver), help="euler, heun, heun-pec or adams"
+    )
+    group.add_argument(
+        "--order", type=whole_number(1, MAX_ORDER), help=f"of adams, 1 … {MAX_ORDER}"
+    )
+    group.add_argument("--guidance-scale", type=number(), metavar="SCALE", help="1 is no guidance")
+    group.add_argument(
+        "--guidance-interval",
+        type=number(),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guidance acts at times in (LOW, HIGH], from 0 (noise) to 1 (image)",
+    )
+    group.add_argument(
+        "--guidance-rescale",
+        type=number(0, 1),
+        metavar="FACTOR",
+        help="0 … 1, against too strong contrast",
+    )
+    group.add_argument(
+        "--time-shift",
+        type=number(0, open_low=True),
+        metavar="SHIFT",
+        help="above 1: more steps near the noise",
+    )
+
+
+def _add_output_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="for the PNG files and the grid "
+        "(default: samples/CHECKPOINT-SOLVERSTEPS-seedSEED, numbered if that is taken)",
+    )
+    group.add_argument(
+        "--npz",
+        type=Path,
+        metavar="FILE",
+        help="write one npz file instead of PNG files; typed again after it was killed, the "
+        "command goes on where it was",
+    )
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace images that were drawn with other settings, and a finished npz file",
+    )
+
+
+def _add_machine_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--batch-size",
+        type=whole_number(1),
+        help="images computed at once (default: as many as make 64 of 32×32 pixels on a CPU, 32 "
+        "of 256×256 on a GPU)",
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    group.add_argument(
+        "--dtype",
+        type=one_of(tuple(DTYPES)),
+        default="fp32",
+        help="of the model: fp32, bf16 or fp16 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="torch.compile the model; pays in long runs"
+    )

@@ -1,0 +1,315 @@
+"""Where drawn images go: PNG files in a folder, or one npz file for the ADM evaluation suite.
+
+Both keep the settings that the images were drawn with beside them, and refuse to mix images of
+different settings. Every file exists whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import reprlib
+import shutil
+import zipfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from deco_fast.checkpoint.atomic import atomic_file
+from deco_fast.errors import UserError
+
+Settings = Mapping[str, Any]
+"""What images were drawn with, as JSON takes it."""
+
+SETTINGS_FILE = "settings.json"
+GRID_FILE = "grid.png"
+
+# The same images may come from elsewhere, by other means.
+_FREE = frozenset({"checkpoint", "device"})
+
+
+class PngFolder:
+    """Images as PNG files, `000012-class3.png` and so on, beside settings.json.
+
+    Args:
+        folder: that will hold them.
+        settings: what they are drawn with.
+        labels: the class of each image.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, labels: Sequence[int]) -> None:
+        self.path = folder
+        self.settings = settings
+        self.labels = labels
+
+    def open(self, overwrite: bool = False) -> None:
+        """Make the folder; with `overwrite`, delete the images of other settings that it holds.
+
+        Raises:
+            UserError: it cannot be written, holds images of other settings, or files that are
+                not ours but have the names of ours.
+        """
+        difference = self.difference()
+        if difference and not overwrite:
+            raise UserError(f"{self.path} {difference}: choose another --out, or --overwrite them")
+        with _writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if difference:
+                for file in self._images():
+                    file.unlink()
+        _write_settings(self.path / SETTINGS_FILE, self.settings)
+
+    def difference(self) -> str:
+        """What in the folder is in the way, as the end of a sentence; empty if nothing is."""
+        if not self.path.is_dir():
+            return ""
+        if (self.path / SETTINGS_FILE).exists():
+            try:
+                before = _read_settings(self.path / SETTINGS_FILE)
+            except UserError:
+                return f"holds a {SETTINGS_FILE} that is not ours"
+            changes = _changes(before, self.settings)
+            return f"holds images of other settings ({changes})" if changes else ""
+        foreign = [file.name for file in self._images()]
+        return f"holds {min(foreign)} without {SETTINGS_FILE}" if foreign else ""
+
+    def pending(self, indices: Sequence[int]) -> list[int]:
+        """Those of the images that are still to be drawn: all."""
+        return list(indices)
+
+    def write(self, indices: Sequence[int], images: Tensor) -> None:
+        """Write uint8 images (B, H, W, 3).
+
+        Raises:
+            UserError: the disk is full or the folder is gone.
+        """
+
+        def save(index: int, image: np.ndarray) -> None:
+            with atomic_file(self._file(index)) as temporary:
+                Image.fromarray(image).save(temporary, format="png")
+
+        # PNG's compression takes longer than a GPU takes to draw; it runs outside of Python's lock.
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(save, indices, images.numpy()))
+
+    def first(self, count: int) -> Tensor:
+        """The first images, uint8 (count, H, W, 3)."""
+        files = [self._file(index) for index in range(count)]
+        return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files]))
+
+    def finish(self, progress: bool = False) -> None:
+        """Nothing is left to do: every file is whole."""
+
+    def _file(self, index: int) -> Path:
+        return self.path / f"{index:06d}-class{self.labels[index]}.png"
+
+    def _images(self) -> Iterator[Path]:
+        for file in self.path.iterdir():
+            if file.name == GRID_FILE or re.fullmatch(r"\d{6,}-class\d+\.png", file.name):
+                yield file
+
+
+def free_folder(base: Path, settings: Settings, labels: Sequence[int]) -> PngFolder:
+    """`base`, or `base-2` and so on where images of other settings are in the way."""
+    folder = PngFolder(base, settings, labels)
+    number = 2
+    while folder.difference():
+        folder = PngFolder(base.with_name(f"{base.name}-{number}"), settings, labels)
+        number += 1
+    return folder
+
+
+class NpzFile:
+    """Images as the ADM evaluation suite reads them: arr_0 uint8 (N, H, W, 3), arr_1 the labels.
+
+    While they are drawn each batch is a file in `FILE.partial`, whose name says which images it
+    holds. Batches survive whatever ends the program, and a run goes on from them; memory holds
+    one at a time. At the end they become FILE, which also has settings.json inside.
+
+    Args:
+        path: FILE.
+        settings: what the images are drawn with.
+        labels: the class of each image.
+    """
+
+    def __init__(self, path: Path, settings: Settings, labels: Sequence[int]) -> None:
+        self.path = path
+        self.settings = settings
+        self.labels = labels
+        self.partial = path.with_name(f"{path.name}.partial")
+
+    @property
+    def finished(self) -> bool:
+        """Whether FILE is there."""
+        return self.path.exists()
+
+    def open(self, overwrite: bool = False) -> None:
+        """Make FILE.partial, unless it is there or FILE is; `overwrite` drops what is in the way.
+
+        Raises:
+            UserError: it cannot be written, or there are images of other settings.
+        """
+        if self.finished:
+            if overwrite:
+                with _writing(self.path):
+                    self.path.unlink()
+            else:
+                self._refuse_other(_read_settings(self.path), self.path)
+                return
+        stored = self.partial / SETTINGS_FILE
+        if self.partial.is_dir() and any(self.partial.iterdir()):
+            if not overwrite:
+                self._refuse_other(_read_settings(stored), self.partial)
+            elif not stored.exists() or _changes(_read_settings(stored), self.settings):
+                with _writing(self.partial):
+                    shutil.rmtree(self.partial)
+        _write_settings(stored, self.settings)
+
+    def _refuse_other(self, before: Settings, place: Path) -> None:
+        changes = _changes(before, self.settings)
+        if changes:
+            raise UserError(
+                f"{place} holds images of other settings ({changes}): "
+                "choose another --npz, or --overwrite it"
+            )
+
+    def pending(self, indices: Sequence[int]) -> list[int]:
+        """Those of the images that are still to be drawn."""
+        drawn = {index for first, last, _ in self._parts() for index in range(first, last + 1)}
+        return [index for index in indices if index not in drawn]
+
+    def write(self, indices: Sequence[int], images: Tensor) -> None:
+        """Write uint8 images (B, H, W, 3), their indices ascending.
+
+        Raises:
+            UserError: the disk is full or the folder is gone.
+        """
+        start = 0
+        for end in range(1, len(indices) + 1):
+            if end == len(indices) or indices[end] != indices[end - 1] + 1:
+                name = f"{indices[start]:08d}-{indices[end - 1]:08d}.npy"
+                with (
+                    atomic_file(self.partial / name) as temporary,
+                    temporary.open("wb") as file,
+                ):
+                    np.save(file, images[start:end].numpy())
+                start = end
+
+    def first(self, count: int) -> Tensor:
+        """The first images, uint8 (count, H, W, 3), before `finish`."""
+        parts = []
+        for first, _, file in self._parts():
+            if first >= count:
+                break
+            parts.append(np.load(file, mmap_mode="r")[: count - first])
+        return torch.from_numpy(np.concatenate(parts))
+
+    def finish(self, progress: bool = False) -> None:
+        """Make FILE of the batches.
+
+        Raises:
+            UserError: the disk is full; the batches stay, and the next call goes on with them.
+        """
+        parts = list(self._parts())
+        following = [0, *(last + 1 for _, last, _ in parts)]
+        if [*(first for first, *_ in parts), len(self.labels)] != following:
+            raise UserError(
+                f"{self.partial} does not hold every image once: type the same command again, "
+                "or --overwrite it"
+            )
+        # Within the partial folder, which is deleted whole: a killed program leaves nothing behind.
+        for leftover in self.partial.glob(".*.tmp-*"):
+            leftover.unlink(missing_ok=True)
+        whole = self.partial / "whole.npz"
+        with atomic_file(whole) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            with _member(archive, "arr_0.npy") as member:
+                shape = (len(self.labels), *np.load(parts[0][2], mmap_mode="r").shape[1:])
+                np.lib.format.write_array_header_1_0(
+                    member, {"descr": "|u1", "fortran_order": False, "shape": shape}
+                )
+                for *_, file in tqdm(parts, f"writing {self.path.name}", disable=not progress):
+                    member.write(np.load(file).tobytes())
+            with _member(archive, "arr_1.npy") as member:
+                np.lib.format.write_array(member, np.asarray(self.labels, dtype=np.int64))
+            with _member(archive, SETTINGS_FILE) as member:
+                member.write(json.dumps(self.settings).encode())
+        with _writing(self.path):
+            whole.replace(self.path)
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _parts(self) -> Iterator[tuple[int, int, Path]]:
+        """(first, last, file) of the batches, ascending."""
+        for file in sorted(self.partial.glob("*.npy")):
+            match = re.fullmatch(r"(\d{8})-(\d{8})\.npy", file.name)
+            if match:
+                yield int(match[1]), int(match[2]), file
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raise UserError unless a folder can be made at `path`, or is there; makes nothing."""
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{option} {path}: {existing} is a file: choose another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path}: {existing} cannot be written: choose another folder")
+
+
+@contextmanager
+def _member(archive: zipfile.ZipFile, name: str) -> Iterator[IO[bytes]]:
+    # A ZipInfo of its own has a fixed date: the same images give the same file.
+    with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
+        yield member
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): choose another place"
+        ) from error
+
+
+def _write_settings(file: Path, settings: Settings) -> None:
+    with atomic_file(file) as temporary:
+        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_settings(path: Path) -> Settings:
+    """Settings from a JSON file or from inside an npz file."""
+    try:
+        if path.name == SETTINGS_FILE:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with zipfile.ZipFile(path) as archive:
+                settings = json.loads(archive.read(SETTINGS_FILE))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} does not say what its images were drawn with: "
+            "choose another place, or --overwrite"
+        ) from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds no settings: choose another place, or --overwrite")
+    return settings
+
+
+def _changes(before: Settings, now: Settings, free: Collection[str] = _FREE) -> str:
+    """The settings that differ, with both values; empty if none does."""
+    current = json.loads(json.dumps(now))
+    return ", ".join(
+        f"{key} {reprlib.repr(before.get(key))} and not {reprlib.repr(current.get(key))}"
+        for key in sorted(before.keys() | current.keys())
+        if key not in free and before.get(key) != current.get(key)
+    )
