@@ -25,8 +25,7 @@ _DIGITS = DeCoConfig(
     depth=4,
     num_heads=4,
     patch_size=8,
-    decoder_hidden_size=32,
-    decoder_depth=3,
+    decoder_hidden_size=16,
     num_classes=10,
     class_embedding_std=0.3,
 )
