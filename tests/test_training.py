@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deco_fast.checkpoint import load_checkpoint, load_training_state
+from deco_fast.checkpoint import save as checkpoint_save
 from deco_fast.cli.train import main
 from deco_fast.config import RunConfig, load_config
 from deco_fast.training.distributed import Processes
@@ -166,6 +168,29 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(
         e.step for e in EventAccumulator(str(tmp_path / "killed")).Reload().Scalars("loss/total")
     ]
     assert steps == sorted(set(steps))
+
+
+def test_a_full_disk_costs_only_the_newest_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, options = tmp_path / "run", ("--output.checkpoint_every=2",)
+    original = checkpoint_save.save_file
+
+    def full(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        if (folder / "checkpoints" / "step-00000002").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(tensors, path, metadata)
+
+    monkeypatch.setattr(checkpoint_save, "save_file", full)
+    assert run(folder, 5, *options) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert error.count("error: ") == 1
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.undo()
+    assert run(folder, 5, *options) == 0
+    run(tmp_path / "whole", 5, *options)
+    assert_identical(weights(tmp_path / "whole", 5), weights(folder, 5))
 
 
 @pytest.mark.slow
