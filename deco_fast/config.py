@@ -5,6 +5,7 @@ Everything below the commands gets a `RunConfig` and reads neither files nor the
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -186,9 +187,10 @@ def option_help() -> Iterator[tuple[str, str, str]]:
             for key, field in kind.model_fields.items():
                 default = "required" if field.is_required() else str(field.get_default())
                 yield f"{section}.{key}", default, field.description or ""
-        elif isinstance(kind, type) and hasattr(kind, "__dataclass_fields__"):
-            for key in kind.__dataclass_fields__:
-                yield f"{section}.{key}", "", ""
+        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            for part in dataclasses.fields(kind):
+                default = "from the preset" if section == "model" else str(part.default)
+                yield f"{section}.{part.name}", default, part.metadata["help"]
         else:
             yield section, "required", info.description or ""
 

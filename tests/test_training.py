@@ -343,6 +343,9 @@ def test_an_exploding_loss_ends_the_run_with_a_remedy(
         (["--device=cuda:7"], "not available"),
         (["--device=tpu9"], "unknown device"),
         (["--config=deco-digit"], "did you mean 'deco-digits'"),
+        (["--dryrun"], "unknown option '--dryrun'; did you mean '--dry-run'"),
+        (["--config"], "--config"),
+        (["--model.depht=3"], "did you mean 'model.depth'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

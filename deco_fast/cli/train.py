@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from deco_fast.cli.parser import CommandParser
 from deco_fast.config import RunConfig, load_config, option_help
-from deco_fast.errors import run_command
+from deco_fast.errors import UserError, nearest, run_command
 from deco_fast.training.distributed import Processes, join_processes
 from deco_fast.training.estimate import estimate
 from deco_fast.training.run_folder import RunFolder
@@ -15,8 +16,8 @@ from deco_fast.training.run_folder import RunFolder
 @run_command
 def main(argv: list[str] | None = None) -> int:
     """Parse, resolve the configuration, train; the exit status."""
-    parser = _parser()
-    options, overrides = parser.parse_known_args(argv)
+    options, overrides = _parser().parse_known_args(argv)
+    _check_options(overrides)
     config = load_config(options.config, overrides)
     path = Path(options.out) if options.out else Path("runs") / config.name
     if options.dry_run:
@@ -67,17 +68,25 @@ def _dry_run(config: RunConfig, path: Path) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _check_options(overrides: list[str]) -> None:
+    """Refuse what is neither an option nor a key of the configuration, such as --dryrun."""
+    options = ["--config", "--out", "--device", "--dry-run", "--help"]
+    for word in overrides:
+        option = word.partition("=")[0]
+        if option.startswith("--") and "." not in option and option != "--name":
+            raise UserError(f"unknown option '{option}'{nearest(option, options)}")
+
+
+def _parser() -> CommandParser:
     keys = "\n".join(
         f"  --{key:<32} {description}{f' (default {default})' if default else ''}"
         for key, default, description in option_help()
     )
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="train.py",
         description="Train a DeCo model; typed again, the same command goes on where it was.",
         epilog=f"Every key of the configuration is an option as well:\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config",
