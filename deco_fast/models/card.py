@@ -13,13 +13,15 @@ class SamplingSettings:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  pydantic reads it off the class
 
-    solver: str = "euler"
-    order: int = 2
-    steps: int = 100
-    guidance_scale: float = 1.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    guidance_rescale: float = 0.0
-    time_shift: float = 1.0
+    solver: str = field(default="euler", metadata={"help": "euler, heun, heun-pec or adams"})
+    order: int = field(default=2, metadata={"help": "of adams, 1 … 4"})
+    steps: int = field(default=100, metadata={"help": "solver steps"})
+    guidance_scale: float = field(default=1.0, metadata={"help": "1 is no guidance"})
+    guidance_interval: tuple[float, float] = field(
+        default=(0.0, 1.0), metadata={"help": "times at which guidance acts"}
+    )
+    guidance_rescale: float = field(default=0.0, metadata={"help": "0 … 1, against contrast"})
+    time_shift: float = field(default=1.0, metadata={"help": "above 1: more steps near noise"})
 
 
 @dataclass(frozen=True)

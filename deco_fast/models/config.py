@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -11,16 +11,7 @@ from typing import Any
 class DeCoConfig:
     """Everything that determines DeCo's parameters; what they cannot tell is in `ModelCard`.
 
-    Attributes:
-        hidden_size: width of the DiT.
-        depth: number of DiT blocks.
-        num_heads: attention heads; `hidden_size / num_heads` must be a multiple of 4 (RoPE).
-        patch_size: side of a patch in pixels.
-        decoder_hidden_size: channels of the pixel decoder.
-        decoder_depth: AdaLN-Zero blocks in the pixel decoder.
-        num_classes: class labels 0 … num_classes − 1; num_classes itself is the null class.
-        in_channels: image channels.
-        class_embedding_std: standard deviation of the class embedding at initialisation.
+    Labels are 0 … num_classes − 1, and num_classes itself is the null class.
 
     Raises:
         ValueError: a field is out of range.
@@ -28,22 +19,22 @@ class DeCoConfig:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  pydantic reads it off the class
 
-    hidden_size: int
-    depth: int
-    num_heads: int
-    patch_size: int = 16
-    decoder_hidden_size: int = 32
-    decoder_depth: int = 3
-    num_classes: int = 1000
-    in_channels: int = 3
-    class_embedding_std: float = 0.02
+    hidden_size: int = field(metadata={"help": "width of the DiT, a multiple of 4 × num_heads"})
+    depth: int = field(metadata={"help": "DiT blocks"})
+    num_heads: int = field(metadata={"help": "attention heads"})
+    patch_size: int = field(default=16, metadata={"help": "side of a patch in pixels"})
+    decoder_hidden_size: int = field(default=32, metadata={"help": "channels of the pixel decoder"})
+    decoder_depth: int = field(default=3, metadata={"help": "AdaLN-Zero blocks in the decoder"})
+    num_classes: int = field(default=1000, metadata={"help": "classes, without the null class"})
+    in_channels: int = field(default=3, metadata={"help": "image channels"})
+    class_embedding_std: float = field(
+        default=0.02, metadata={"help": "of the class embedding at initialisation"}
+    )
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if field.type == "int" and getattr(self, field.name) < 1:
-                raise ValueError(
-                    f"{field.name} must be at least 1, not {getattr(self, field.name)}"
-                )
+        for part in dataclasses.fields(self):
+            if part.type == "int" and getattr(self, part.name) < 1:
+                raise ValueError(f"{part.name} must be at least 1, not {getattr(self, part.name)}")
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of 4 × num_heads "
