@@ -170,7 +170,8 @@ class _Counted:
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         velocity: Tensor = self.model(x, t, y)
-        self.bar.update(self.images)
+        # The fractions of a batch may add up to a little more than it.
+        self.bar.update(min(self.images, self.bar.total - self.bar.n))
         return velocity
 
 
