@@ -1,0 +1,154 @@
+"""Files and folders that exist whole or not at all, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from deco_fast.errors import UserError
+
+PREVIOUS_SUFFIX = ".previous"
+"""A valid folder carries this name for the instant in which another takes its place."""
+
+_WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk with its own class
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Write the yielded temporary file; on leaving it becomes `path`.
+
+    Raises:
+        UserError: it cannot be written; what was at `path` is still there.
+    """
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except _WRITE_ERRORS as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(folder: Path, owned: Collection[str]) -> Iterator[Path]:
+    """Fill the yielded temporary folder; on leaving it becomes `folder`.
+
+    A folder that is already there is replaced. No system call swaps two folders everywhere, so
+    for an instant the old one is called `folder` + ".previous": `previous_or_self` finds it there.
+
+    Args:
+        folder: where the files shall be.
+        owned: the names that the folder may hold; one with anything else in it is not replaced.
+
+    Raises:
+        UserError: it cannot be written, or `folder` holds something else; what was there is
+            still there.
+    """
+    temporary = _temporary(folder)
+    try:
+        _refuse_foreign_files(folder, owned)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_temporaries(folder.parent, folder.name)
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            _flush(file)
+        _flush_folder(temporary)
+        _swap(temporary, folder)
+    except _WRITE_ERRORS as error:
+        raise _cannot_write(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def previous_or_self(folder: Path) -> Path:
+    """`folder`, or the one that it was about to replace when the program was killed."""
+    previous = folder.with_name(folder.name + PREVIOUS_SUFFIX)
+    return previous if not folder.exists() and previous.exists() else folder
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Delete what killed programs left half-written in a folder that nobody else is writing to."""
+    _remove_temporaries(parent, "*")
+    for previous in parent.glob(f"*{PREVIOUS_SUFFIX}"):
+        if previous.with_name(previous.name.removesuffix(PREVIOUS_SUFFIX)).exists():
+            shutil.rmtree(previous, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+
+
+def _remove_temporaries(parent: Path, name: str) -> None:
+    for leftover in parent.glob(f".{name}.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _refuse_foreign_files(folder: Path, owned: Collection[str]) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another folder to save in")
+    foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in owned)
+    if foreign:
+        raise UserError(
+            f"{folder} holds files that are not a checkpoint's ({foreign[0]}), "
+            "so it is not replaced: choose another folder"
+        )
+
+
+def _swap(temporary: Path, folder: Path) -> None:
+    previous = folder.with_name(folder.name + PREVIOUS_SUFFIX)
+    if folder.exists():
+        # An older leftover; the folder itself is whole.
+        shutil.rmtree(previous, ignore_errors=True)
+        os.rename(folder, previous)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if previous.exists():
+            os.rename(previous, folder)
+        raise
+    _flush_folder(folder.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _flush(file: Path) -> None:
+    """Have the file's bytes on the disk before a name points at them."""
+    with file.open("r+b") as handle:
+        os.fsync(handle.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows has no handle for a folder's entries
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cannot_write(path: Path, error: Exception) -> UserError:
+    reason = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+        if error.filename and not Path(error.filename).name.startswith("."):
+            reason += f": {error.filename}"
+    remedy = "choose a folder that can be written"
+    if "No space left" in reason or "quota" in reason.lower() or "too large" in reason:
+        remedy = "free some space or choose another disk"
+    return UserError(
+        f"cannot write {path} ({reason}): {remedy}; what was saved before is still valid"
+    )

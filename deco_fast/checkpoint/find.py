@@ -1,0 +1,125 @@
+"""From what a user names to the checkpoint that is meant."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import zipfile
+from pathlib import Path
+
+from deco_fast.checkpoint.atomic import PREVIOUS_SUFFIX, previous_or_self
+from deco_fast.checkpoint.format import TRAINING_FILE, WEIGHTS, weights_file
+from deco_fast.checkpoint.source import read_header
+from deco_fast.errors import UserError
+
+HUB_SCHEME = "hf:"
+_STEP_FOLDER = re.compile(rf"step-(\d+)({re.escape(PREVIOUS_SUFFIX)})?")
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint folder of the latest step in a run folder or its `checkpoints` folder.
+
+    Temporary, incomplete and damaged ones are passed over. None if there is no other.
+    """
+    folder = Path(folder)
+    if (folder / "checkpoints").is_dir():
+        folder = folder / "checkpoints"
+    if not folder.is_dir():
+        return None
+    found = [
+        (int(match[1]), match[2] is None, entry)
+        for entry in folder.iterdir()
+        if (match := _STEP_FOLDER.fullmatch(entry.name)) and entry.is_dir()
+    ]
+    # Of two folders of a step the one that was about to be replaced comes last.
+    return next((entry for *_, entry in sorted(found, reverse=True) if is_complete(entry)), None)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether all files of a checkpoint folder are there and none is cut short."""
+    weights = [path for name in WEIGHTS if (path := folder / weights_file(name)).exists()]
+    try:
+        headers = [read_header(path) for path in weights]
+    except UserError:
+        return False
+    listed = {folder / name for header in headers for name in header.files}
+    training = folder / TRAINING_FILE
+    return (
+        bool(headers)
+        and all(path.exists() for path in listed)
+        and (not training.exists() or zipfile.is_zipfile(training))
+    )
+
+
+def locate(path: str | Path) -> Path:
+    """The checkpoint folder or weights file that `path` stands for.
+
+    Args:
+        path: a file, a checkpoint folder, a run folder (its newest checkpoint), or
+            "hf:owner/repository/file", which is downloaded unless it is in the hub's cache.
+
+    Raises:
+        UserError: there is nothing there.
+    """
+    name = os.fspath(path)
+    if name.startswith(HUB_SCHEME):
+        return _download(name)
+    located = previous_or_self(Path(name).expanduser())
+    if not located.exists():
+        raise UserError(f"{name} does not exist{_suggestion(located)}")
+    if located.is_file() or any((located / weights_file(kind)).exists() for kind in WEIGHTS):
+        return located
+    newest = newest_checkpoint(located)
+    if newest is None:
+        raise UserError(
+            f"{name} is a folder without a complete checkpoint: "
+            "name a checkpoint folder, a run folder or a file"
+        )
+    return newest
+
+
+def _suggestion(path: Path) -> str:
+    """What may have been meant, at the first part of the path that does not exist."""
+    while not path.parent.exists():
+        path = path.parent
+    try:
+        close = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
+    except OSError:
+        close = []
+    return f"; did you mean {path.parent / close[0]}?" if close else ": check the path"
+
+
+def _download(name: str) -> Path:
+    parts = name.removeprefix(HUB_SCHEME).split("/")
+    if len(parts) < 3 or not all(parts):
+        raise UserError(f"{name} is not of the form {HUB_SCHEME}owner/repository/file")
+    repository, file = "/".join(parts[:2]), "/".join(parts[2:])
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
+    except ImportError as error:
+        raise UserError(
+            f"{name} needs the package huggingface_hub: pip install 'deco-fast[hub]'"
+        ) from error
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, file))
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{name} is not in the local cache and the hub cannot be reached: "
+            "check the network, or download the file and name it"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{name}: there is no repository {repository}, or it needs a login (hf auth login)"
+        ) from error
+    except EntryNotFoundError as error:
+        raise UserError(
+            f"{name}: {repository} has no file {file}; see https://huggingface.co/{repository}"
+        ) from error
+    except (OSError, ValueError) as error:  # the hub's HTTP errors are OSErrors
+        raise UserError(f"{name} cannot be downloaded ({error}): check the name") from error

@@ -1,0 +1,164 @@
+"""Writing checkpoints: whole or not at all, and without anything that a reader would execute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deco_fast.checkpoint.atomic import atomic_file, atomic_folder
+from deco_fast.checkpoint.format import (
+    FOLDER_FILES,
+    TRAINING_FILE,
+    WEIGHTS,
+    Header,
+    weights_file,
+)
+from deco_fast.models.card import ModelCard
+from deco_fast.models.config import DeCoConfig
+from deco_fast.models.deco import DeCo
+
+Network = DeCo | Mapping[str, Tensor]
+
+
+def save_checkpoint(
+    folder: str | Path,
+    *,
+    model: Network | None,
+    ema: Network | None = None,
+    card: ModelCard,
+    training: Mapping[str, Any] | None = None,
+    config: DeCoConfig | None = None,
+) -> Path:
+    """Write a checkpoint folder: model.safetensors, ema.safetensors, training.pt.
+
+    A checkpoint that is already there is replaced only once the new one is on the disk.
+
+    Args:
+        folder: for a training `…/checkpoints/step-00001000`, which `newest_checkpoint` finds.
+        model: the network, or its state dict; None to save the average alone.
+        ema: the exponential moving average of the weights, as a network or a state dict.
+        card: what the tensors cannot tell.
+        training: optimizer, step, loader and random state: dicts, lists, tuples, strings,
+            numbers and tensors, nothing else.
+        config: the network's shape, where `model` and `ema` are state dicts.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder cannot be written (a full disk, no permission), or holds files that
+            are not a checkpoint's. Older checkpoints, and one in this place, are untouched.
+        ValueError: there is nothing to save, no config, or `training` holds another type.
+    """
+    networks = {"model": model, "ema": ema}
+    names = [name for name in WEIGHTS if networks[name] is not None]
+    if not names:
+        raise ValueError("a checkpoint needs the weights of model or ema")
+    files = [weights_file(name) for name in names]
+    if training is not None:
+        _check_plain(training, "training")
+        files.append(TRAINING_FILE)
+    folder = Path(folder)
+    with atomic_folder(folder, owned=FOLDER_FILES) as temporary:
+        for name in names:
+            network = networks[name]
+            assert network is not None
+            header = Header(name, _config(network, config), card, tuple(files))
+            _write_tensors(temporary / weights_file(name), network, header)
+        if training is not None:
+            write_torch(temporary / TRAINING_FILE, training)
+    return folder
+
+
+def save_weights(
+    path: str | Path,
+    model: Network,
+    card: ModelCard,
+    dtype: torch.dtype | None = None,
+    *,
+    weights: str = "ema",
+    config: DeCoConfig | None = None,
+) -> Path:
+    """Write one network as a single safetensors file, all that sampling needs.
+
+    Args:
+        path: the file; whatever is there is replaced.
+        model: the network, or its state dict with `config`.
+        card: what the tensors cannot tell.
+        dtype: convert to it (torch.float16 halves the file); None keeps what they have.
+        weights: which weights these are, "ema" or "model".
+        config: the network's shape, where `model` is a state dict.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: the file cannot be written; one that was there is still there.
+        ValueError: a weight is too large for `dtype`, `weights` is neither, or no config.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be 'ema' or 'model', not '{weights}'")
+    path = Path(path)
+    header = Header(weights, _config(model, config), card)
+    with atomic_file(path) as temporary:
+        _write_tensors(temporary, model, header, dtype)
+    return path
+
+
+def write_torch(path: Path, content: Any) -> None:
+    """`torch.save` that tells a full disk: its archive writer hides the system's error.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with path.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def _config(network: Network, config: DeCoConfig | None) -> DeCoConfig:
+    if isinstance(network, DeCo):
+        return network.config
+    if config is None:
+        raise ValueError("a state dict does not tell its DeCoConfig: pass config")
+    return config
+
+
+def _write_tensors(
+    path: Path, network: Network, header: Header, dtype: torch.dtype | None = None
+) -> None:
+    tensors = network.state_dict() if isinstance(network, DeCo) else network
+    converted = {}
+    for name, tensor in tensors.items():
+        converted[name] = tensor.detach().to(dtype=dtype or tensor.dtype).contiguous()
+        if dtype is not None and not converted[name].isfinite().all() and tensor.isfinite().all():
+            raise ValueError(f"{name} has values beyond the range of {dtype}: choose another dtype")
+    # safetensors makes files that only their owner can read; keep what the umask says.
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(converted, path, metadata=header.to_metadata())
+    path.chmod(mode)
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Refuse what `torch.load(weights_only=True)` would refuse to read back."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(key, f"a key of {where}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    elif type(value) not in (type(None), bool, int, float, str, bytes, Tensor):
+        raise ValueError(
+            f"{where} is a {type(value).__name__}: convert it to plain types and tensors first"
+        )
