@@ -1,0 +1,69 @@
+#include "instruction_set.h"
+
+#include <array>
+#include <cstddef>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace deco {
+namespace {
+
+constexpr std::array<const char*, 4> kNames = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+std::string names_up_to(InstructionSet last) {
+  std::string list;
+  for (std::size_t i = 0; i <= static_cast<std::size_t>(last); ++i) {
+    list += (i == 0 ? "" : ", ") + std::string(kNames[i]);
+  }
+  return list;
+}
+
+}  // namespace
+
+std::string name(InstructionSet instruction_set) {
+  return kNames[static_cast<std::size_t>(instruction_set)];
+}
+
+InstructionSet detect_instruction_set() {
+#if (defined(__GNUC__) || defined(__clang__)) && (defined(__x86_64__) || defined(__i386__))
+  __builtin_cpu_init();
+  // The flags of GCC and Clang that the kernels are compiled with name all of these.
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
+    return InstructionSet::baseline;
+  }
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return InstructionSet::avx2;
+  }
+  return __builtin_cpu_supports("avx512bf16") ? InstructionSet::avx512_bf16
+                                              : InstructionSet::avx512;
+#else
+  return InstructionSet::baseline;
+#endif
+}
+
+InstructionSet selected_instruction_set() {
+  static const InstructionSet detected = detect_instruction_set();
+  // Read at each call, so that one process can test every instruction set that it has.
+  const char* variable = std::getenv("DECO_ISA");
+  if (variable == nullptr || *variable == '\0') {
+    return detected;
+  }
+  const std::string wanted = variable;
+  for (std::size_t i = 0; i < kNames.size(); ++i) {
+    if (wanted != kNames[i]) {
+      continue;
+    }
+    const auto instruction_set = static_cast<InstructionSet>(i);
+    if (instruction_set > detected) {
+      throw std::invalid_argument("DECO_ISA: this CPU has no " + wanted + "; choose " +
+                                  names_up_to(detected));
+    }
+    return instruction_set;
+  }
+  throw std::invalid_argument("DECO_ISA: unknown instruction set '" + wanted + "'; choose " +
+                              names_up_to(detected));
+}
+
+}  // namespace deco

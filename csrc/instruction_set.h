@@ -1,0 +1,21 @@
+// The instruction sets that the CPU kernels are compiled for, and the one that runs here.
+#pragma once
+
+#include <string>
+
+namespace deco {
+
+// Each one includes those before it.
+enum class InstructionSet { baseline, avx2, avx512, avx512_bf16 };
+
+// The name that the environment variable DECO_ISA and Python use.
+std::string name(InstructionSet instruction_set);
+
+// The best one that this CPU and its operating system support.
+InstructionSet detect_instruction_set();
+
+// The one that the kernels use: the detected one, or the lower one that DECO_ISA names.
+// Throws std::invalid_argument if DECO_ISA names none or one that this CPU lacks.
+InstructionSet selected_instruction_set();
+
+}  // namespace deco

@@ -1,0 +1,3 @@
+"""The C++ extension; it may be absent."""
+
+def instruction_set() -> str: ...

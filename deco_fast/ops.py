@@ -1,0 +1,97 @@
+"""The ops that DeCo spends its time in, whatever backend computes them.
+
+`python -m deco_fast.ops` prints which backends this machine has.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from deco_fast.kernels.pixel_decoder.reference import PixelDecoderParameters
+from deco_fast.kernels.registry import (
+    backend_for,
+    backends,
+    check_backend,
+    implementation,
+    use_backend,
+)
+
+__all__ = [
+    "PixelDecoderParameters",
+    "backend_for",
+    "backends",
+    "check_backend",
+    "flow_matching_loss",
+    "linear_upsample",
+    "pixel_decoder",
+    "use_backend",
+]
+
+
+def linear_upsample(
+    tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, patch_size: int
+) -> torch.Tensor:
+    """Give every pixel its own condition vector (spec B.5, `cond_embed`).
+
+    Args:
+        tokens: (B, L, D), the decoder's condition.
+        weight: (p*p*C, D), rows pixel-major and channel-fast.
+        bias: (p*p*C,).
+        patch_size: p.
+
+    Returns:
+        (B*L, p*p, C).
+    """
+    result: torch.Tensor = implementation("linear_upsample", tokens)(
+        tokens, weight, bias, patch_size
+    )
+    return result
+
+
+def pixel_decoder(
+    x: torch.Tensor, tokens: torch.Tensor, parameters: PixelDecoderParameters, patch_size: int
+) -> torch.Tensor:
+    """The whole pixel decoder, upsampling included (spec B.5).
+
+    Args:
+        x: (B, 3, H, W), the noisy image; H and W divisible by `patch_size`.
+        tokens: (B, L, D) with L = H*W/p², row-major, the condition silu(t + s).
+        parameters: the decoder's weights.
+        patch_size: p.
+
+    Returns:
+        The velocity, (B, 3, H, W).
+    """
+    result: torch.Tensor = implementation("pixel_decoder", x)(x, tokens, parameters, patch_size)
+    return result
+
+
+def flow_matching_loss(
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    table: torch.Tensor,
+    weight: float,
+    timestep_weight: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Flow-matching loss plus DeCo's frequency-aware loss, in float32 (spec B.7).
+
+    Args:
+        prediction: (B, 3, H, W), the velocity that the model gave.
+        target: (B, 3, H, W), the true velocity.
+        table: (3, 8, 8), the weight of each frequency for Y, Cb, Cr.
+        weight: of the frequency term in the total.
+        timestep_weight: (B,), weight of each image in the flow-matching term; None for 1.
+
+    Returns:
+        The total, which is differentiable, and its two terms, each a scalar.
+    """
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = implementation(
+        "flow_matching_loss", prediction
+    )(prediction, target, table, weight, timestep_weight)
+    return result
+
+
+if __name__ == "__main__":
+    from deco_fast.kernels.report import main
+
+    raise SystemExit(main())

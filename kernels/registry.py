@@ -1,0 +1,141 @@
+"""Which backend computes an op: the one table of implementations, and the rule that picks.
+
+An op is a folder beside this file. Its implementation for a backend is a function of the op's
+name in a module of that folder, and one entry of `_SOURCES` registers it. All backends of an op
+take the same arguments, those of `deco_fast.ops`.
+
+By default a tensor on CUDA goes to `triton` and one on the CPU to `cpp`, where these implement
+the op, and everything else to `reference`. The environment variable `DECO_BACKEND` or
+`use_backend` force one backend for all ops; what it lacks is then an error and never a
+silent fallback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+
+from deco_fast.errors import UserError
+
+OPS: Final = ("linear_upsample", "pixel_decoder", "flow_matching_loss")
+BACKENDS: Final = ("reference", "triton", "cpp")
+
+_SOURCES: Final[dict[tuple[str, str], str]] = {
+    ("linear_upsample", "reference"): "deco_fast.kernels.linear_upsample.reference",
+    ("pixel_decoder", "reference"): "deco_fast.kernels.pixel_decoder.reference",
+    ("flow_matching_loss", "reference"): "deco_fast.kernels.flow_matching_loss.reference",
+}
+
+_PREFERRED: Final = {"cuda": "triton", "cpu": "cpp"}
+
+
+def triton_problem() -> str | None:
+    """Why Triton cannot be used here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; it exists for Linux on x86-64: pip install triton"
+    return None
+
+
+def extension_problem() -> str | None:
+    """Why the C++ extension cannot be used here, or None."""
+    try:
+        importlib.import_module("deco_fast._C")
+    except ImportError as error:
+        return (
+            f"deco_fast._C cannot be imported ({error}); with a C++ compiler, pybind11 and ninja: "
+            "pip install --no-build-isolation -e ."
+        )
+    return None
+
+
+def _load() -> tuple[dict[str, dict[str, Callable[..., Any]]], dict[str, dict[str, str]]]:
+    implementations: dict[str, dict[str, Callable[..., Any]]] = {op: {} for op in OPS}
+    absent: dict[str, dict[str, str]] = {op: {} for op in OPS}
+    problems = {"reference": None, "triton": triton_problem(), "cpp": extension_problem()}
+    for backend, problem in problems.items():
+        for op in OPS:
+            source = _SOURCES.get((op, backend))
+            if source is None:
+                absent[op][backend] = "not implemented in this version"
+            elif problem is not None:
+                absent[op][backend] = problem
+            else:
+                implementations[op][backend] = getattr(importlib.import_module(source), op)
+    return implementations, absent
+
+
+# Plain globals: torch.compile reads them while it traces, guards on them, and so compiles anew
+# when the forced backend changes. It cannot trace a context variable.
+_implementations, _absent = _load()
+_forced: str | None = os.environ.get("DECO_BACKEND") or None
+
+
+def _check_name(backend: str, origin: str) -> None:
+    if backend not in BACKENDS:
+        raise UserError(f"{origin}: unknown backend '{backend}'; choose {', '.join(BACKENDS)}")
+
+
+def check_backend(*ops: str) -> None:
+    """Raise UserError if the forced backend does not exist or cannot compute one of these ops.
+
+    Every call of an op checks this. A command does so before it begins, because under
+    `torch.compile` the error comes late and wrapped.
+    """
+    if _forced is None:
+        return
+    _check_name(_forced, "DECO_BACKEND")
+    for op in ops:
+        if _forced not in _implementations[op]:
+            raise UserError(
+                f"backend '{_forced}' cannot compute {op}: {_absent[op][_forced]}; force "
+                "'reference', or unset DECO_BACKEND and let the device decide"
+            )
+
+
+def backend_for(op: str, device_type: str) -> str:
+    """The name of the backend that computes `op` for tensors on `device_type`.
+
+    Raises:
+        UserError: as `check_backend`.
+    """
+    if _forced is not None:
+        check_backend(op)
+        return _forced
+    preferred = _PREFERRED.get(device_type, "reference")
+    return preferred if preferred in _implementations[op] else "reference"
+
+
+def implementation(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
+    """The function that computes `op` for arguments that lie where `tensor` lies."""
+    return _implementations[op][backend_for(op, tensor.device.type)]
+
+
+def backends() -> dict[str, dict[str, str | None]]:
+    """For every op and backend None where it is available, else the reason why it is not."""
+    return {op: {name: _absent[op].get(name) for name in BACKENDS} for op in OPS}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Compute every op inside the `with` block with one backend, in all threads.
+
+    Args:
+        name: `"reference"`, `"triton"` or `"cpp"`.
+
+    Raises:
+        UserError: if there is no such backend; inside the block, when an op is called that the
+            backend cannot compute.
+    """
+    global _forced
+    _check_name(name, "use_backend")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous

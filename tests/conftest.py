@@ -1,0 +1,35 @@
+"""What all tests share: no network, no clocks, fixed seeds, and skips that say why."""
+
+from __future__ import annotations
+
+import os
+
+# A test that needed a download would pass or fail with the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import pytest
+import torch
+
+# A loaded machine is slow, and that is no failure.
+hypothesis.settings.register_profile(
+    "deco_fast",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("deco_fast")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
