@@ -1,0 +1,108 @@
+"""The golden tensors: what the published implementation computed, see their own README.
+
+They lie beside the repository, in `../shared/golden`, and are no part of it: a test that asks for
+them where they are absent is skipped. Nothing here is read before a test asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from deco_fast.interop.published import from_published, to_published
+from deco_fast.models.config import DeCoConfig
+from deco_fast.models.deco import DeCo
+
+FOLDER = Path(__file__).resolve().parents[2] / "shared" / "golden"
+
+
+def golden_path(name: str) -> Path:
+    """A golden file; the test that asks is skipped where there is none."""
+    path = FOLDER / name
+    if not path.is_file():
+        pytest.skip(f"the golden tensors are absent: no ../shared/golden/{name}")
+    return path
+
+
+@cache
+def _tensors(path: Path) -> dict[str, Tensor]:
+    return load_file(path)
+
+
+def tensors(name: str) -> dict[str, Tensor]:
+    """The tensors of `<name>.safetensors`; shared between tests, so never changed in place."""
+    return dict(_tensors(golden_path(f"{name}.safetensors")))
+
+
+def metadata(name: str) -> Any:
+    """The `meta` entry of `<name>.safetensors`."""
+    with safe_open(golden_path(f"{name}.safetensors"), framework="pt") as file:
+        return json.loads(file.metadata()["meta"])
+
+
+@cache
+def _document(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def document(name: str) -> Any:
+    """The content of `<name>.json`."""
+    return _document(golden_path(f"{name}.json"))
+
+
+def deco_config(published: dict[str, int]) -> DeCoConfig:
+    """Our configuration of a published DeCo; its `num_blocks` counts both kinds of block (B.5)."""
+    return DeCoConfig(
+        hidden_size=published["hidden_size"],
+        depth=published["num_cond_blocks"],
+        num_heads=published["num_groups"],
+        patch_size=published["patch_size"],
+        decoder_hidden_size=published["hidden_size_x"],
+        decoder_depth=published["num_blocks"] - published["num_cond_blocks"],
+        num_classes=published["num_classes"],
+        in_channels=published["in_channels"],
+    )
+
+
+def our_name(published: str) -> str:
+    """Our name of a published DeCo tensor, which must exist."""
+    name = from_published(published)
+    assert name is not None, f"{published} has no counterpart"
+    return name
+
+
+def load_model(name: str) -> DeCo:
+    """A new DeCo with the parameters of `<name>.safetensors`."""
+    model = DeCo(deco_config(metadata(name)["config"]))
+    parameters = {
+        our_name(key.removeprefix("param.")): value
+        for key, value in tensors(name).items()
+        if key.startswith("param.")
+    }
+    model.load_state_dict(parameters, strict=True)
+    return model
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """max |actual − expected| / max |expected|, in float64."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
+    actual, expected = actual.detach().double(), expected.detach().double()
+    # A NaN must not pass as small: max() keeps it, and no NaN is below a tolerance.
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def gradient_norms(model: torch.nn.Module) -> Tensor:
+    """The norm of every parameter's gradient, in the order of the published names, float64."""
+    norms = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        norms[to_published(name)] = parameter.grad.double().norm()
+    return torch.stack([norms[name] for name in sorted(norms)])
