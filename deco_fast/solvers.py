@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
+import torch
 from numpy.polynomial import polynomial
 from torch import Tensor
 
@@ -24,9 +25,10 @@ MAX_ORDER = 4
 
 
 def time_grid(steps: int, time_shift: float = 1.0, last_step: float | None = None) -> list[float]:
-    """The steps + 1 times of a run, from 0 to 1, in float64.
+    """The steps + 1 times of a run, from 0 to 1.
 
-    Evenly spaced from 0 to 1 − last_step (1/steps unless given), then 1, all shifted.
+    Evenly spaced from 0 to 1 − last_step (1/steps unless given), then 1, all shifted, and all
+    rounded to float32 as published: an edge of the guidance interval may fall on a time.
 
     Raises:
         ValueError: steps below 1, last_step outside (0, 1], or time_shift not positive.
@@ -36,8 +38,8 @@ def time_grid(steps: int, time_shift: float = 1.0, last_step: float | None = Non
     last_step = 1 / steps if last_step is None else last_step
     if not 0 < last_step <= 1:
         raise ValueError(f"last step must be in (0, 1], not {last_step}")
-    grid = [*np.linspace(0, 1 - last_step, steps).tolist(), 1.0]
-    return [shift_time(t, time_shift) for t in grid]
+    grid = torch.cat([torch.linspace(0, 1 - last_step, steps), torch.ones(1)])
+    return shift_time(grid, time_shift).tolist()
 
 
 def euler(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deco_fast import __version__
+from deco_fast import __version__, ops
 from deco_fast.checkpoint import load_checkpoint, read_card, read_config
 from deco_fast.checkpoint.find import locate
 from deco_fast.cli.sample_options import DTYPES, sample_parser
@@ -46,6 +46,7 @@ GRID_IMAGES = 100
 def main(argv: list[str] | None = None) -> int:
     """Parse, resolve, draw; the exit status."""
     options = sample_parser().parse_args(argv)
+    ops.check_backend("pixel_decoder")
     plan = _plan(options)
     with join_processes(options.device) as processes:
         return _run(plan, options, processes)

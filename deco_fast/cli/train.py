@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from deco_fast import ops
 from deco_fast.cli.parser import CommandParser
 from deco_fast.config import RunConfig, load_config, option_help
 from deco_fast.errors import UserError, nearest, run_command
@@ -22,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     path = Path(options.out) if options.out else Path("runs") / config.name
     if options.dry_run:
         return _dry_run(config, path)
+    ops.check_backend("pixel_decoder", "flow_matching_loss")
     with join_processes(options.device) as processes:
         return _train(config, path, processes)
 

@@ -110,7 +110,7 @@ class DeCo(nn.Module):
             x.shape[-2] // p, x.shape[-1] // p, self.config.head_dim, device=x.device
         )
         temb = self.timestep_embedder(t)[:, None]
-        condition = F.silu(temb + self.class_embedder(y)[:, None])
+        condition = F.silu(temb + self._embed_class(y)[:, None])
         s = self.patch_embedder(patchify(x.to(self.dtype), p))
         outputs: dict[int, Tensor] = {}
         for layer, block in enumerate(self.blocks, start=1):
@@ -135,6 +135,15 @@ class DeCo(nn.Module):
         if tuple(tokens.shape) != expected:
             raise ValueError(f"tokens must be {expected} for this image, not {tuple(tokens.shape)}")
         return self.decoder(x.to(self.dtype), tokens)
+
+    def _embed_class(self, y: Tensor) -> Tensor:
+        try:
+            return self.class_embedder(y)
+        except IndexError as error:  # a GPU would have to be waited for to know
+            raise ValueError(
+                f"y must be labels 0 … {self.config.num_classes - 1}, or {self.config.num_classes} "
+                f"for the null class, not {y.min()} … {y.max()}"
+            ) from error
 
     def _check_image(self, x: Tensor) -> None:
         p, channels = self.config.patch_size, self.config.in_channels

@@ -128,7 +128,7 @@ def draw(
             noise = torch.stack([noise_for(seed, indices[row], shape) for row in rows])
             condition = torch.tensor([labels[row] for row in rows], device=device)
             images = sample(
-                _Counted(model, bar, len(batch) / calls),
+                _Counted(model, bar, len(batch) / calls, start + len(batch)),
                 noise.to(device),
                 condition,
                 torch.full_like(condition, model.config.num_classes),
@@ -165,13 +165,13 @@ def weights_checksum(model: DeCo) -> str:
 class _Counted:
     """A model that moves the progress bar by so many images at each call."""
 
-    def __init__(self, model: DeCo, bar: tqdm, images: float) -> None:
-        self.model, self.bar, self.images = model, bar, images
+    def __init__(self, model: DeCo, bar: tqdm, images: float, end: int) -> None:
+        self.model, self.bar, self.images, self.end = model, bar, images, end
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         velocity: Tensor = self.model(x, t, y)
         # The fractions of a batch may add up to a little more than it.
-        self.bar.update(min(self.images, self.bar.total - self.bar.n))
+        self.bar.update(min(self.images, self.end - self.bar.n))
         return velocity
 
 
