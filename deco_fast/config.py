@@ -21,7 +21,7 @@ from deco_fast.models.card import ModelCard, SamplingSettings
 from deco_fast.models.config import DeCoConfig
 from deco_fast.models.presets import preset
 from deco_fast.resources import config_folder
-from deco_fast.solvers import check_solver
+from deco_fast.solvers import check_solver, time_grid
 
 Count = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -136,6 +136,7 @@ class RunConfig(_Section):
         if self.data.dataset == "folder" and self.model.in_channels != 3:
             raise ValueError("data.dataset folder reads RGB: set model.in_channels to 3")
         check_solver(self.sampling.solver, self.sampling.order)
+        time_grid(self.sampling.steps, self.sampling.time_shift)
         check_interval(self.sampling.guidance_interval)
         return self
 

@@ -334,6 +334,27 @@ def test_an_exploding_loss_ends_the_run_with_a_remedy(
     assert "lower training.learning_rate" in error
 
 
+@pytest.mark.slow
+def test_without_a_compiler_a_compiled_run_says_so(tmp_path: Path) -> None:
+    options = ["--training.steps=2", "--training.compile=true", f"--out={tmp_path / 'run'}"]
+    result = subprocess.run(
+        [sys.executable, "train.py", *TINY, *options, "--device=cpu"],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "CXX": str(tmp_path / "no-compiler"),
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "error: torch.compile cannot compile here" in result.stderr
+    assert "set --training.compile false" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

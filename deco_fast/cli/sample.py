@@ -12,6 +12,7 @@ from deco_fast import __version__, ops
 from deco_fast.checkpoint import load_checkpoint, read_card, read_config
 from deco_fast.checkpoint.find import locate
 from deco_fast.cli.sample_options import DTYPES, sample_parser
+from deco_fast.compiling import explain_compile_errors
 from deco_fast.errors import UserError, run_command
 from deco_fast.guidance import check_interval
 from deco_fast.models.card import ModelCard, SamplingSettings
@@ -171,7 +172,8 @@ def _run(plan: _Plan, options: argparse.Namespace, processes: Processes) -> int:
         model.compile(fullgraph=True, dynamic=False)
         say("compiling", "for the batch size, once with and once without guidance")
         guided = plan.settings.guidance_scale != 1
-        warm_up(model, batch_size, plan.height, plan.width, guided)
+        with explain_compile_errors("leave --compile out"):
+            warm_up(model, batch_size, plan.height, plan.width, guided)
     processes.barrier()
 
     started = time.perf_counter()
