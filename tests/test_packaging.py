@@ -120,7 +120,9 @@ def _pip(
 
 
 needs_build_tools = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("pip", "setuptools", "pybind11")),
+    # Not by find_spec: to look for pip's module switches setuptools' distutils off, without which
+    # torch.compile fails in the rest of the process.
+    not {"pip", "setuptools", "pybind11"} <= {d.name for d in importlib.metadata.distributions()},
     reason="needs pip, setuptools and pybind11",
 )
 

@@ -197,9 +197,12 @@ def test_a_full_disk_costs_only_the_newest_checkpoint(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_signals_save_first(tmp_path: Path, number: signal.Signals) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, "train.py", *TINY, "--training.steps=100000", f"--out={folder}"]
+    options = ["--training.steps=100000", "--output.checkpoint_every=100000", f"--out={folder}"]
     process = subprocess.Popen(
-        [*command, "--device=cpu"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "train.py", *TINY, *options, "--device=cpu"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 120
     while not list(folder.glob("events.*")) and time.monotonic() < deadline:
