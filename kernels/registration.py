@@ -1,0 +1,236 @@
+"""The fused ops as PyTorch sees them: schemas, shapes without data, gradients, devices.
+
+Each op is opaque: `torch.compile` and `torch.export` keep it as one node of the graph. What runs
+is the host function of the op's folder, `cpu.py` (C++) for tensors on the CPU and `gpu.py` (Triton)
+for those on CUDA, imported at the first call. Under `TRITON_INTERPRET=1` the Triton kernels run on
+the CPU, and `gpu.py` serves both.
+
+A host function has the name and the arguments of its op without the op's name:
+`pixel_decoder/gpu.py` holds `forward` and `backward`, `flow_matching_loss/gpu.py` holds `forward`.
+Neither sees autocast or autograd, and tensors may have any strides; what they return is new and
+contiguous. Gradients cannot be differentiated again, which is a clear error.
+
+dtypes. The loss: prediction and target float32, bfloat16 or float16, in any pair; table and
+timestep_weight are converted to float32. The decoder computes in the dtype of `tokens`, and so does
+the velocity come; x and the parameters may have any of the three dtypes, sums and the small
+tensors are float32 inside, and a gradient has the dtype of what it belongs to.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from deco_fast.kernels.flow_matching_loss.reference import BLOCK
+
+_TAGS: Final = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides)
+
+
+def interpreted() -> bool:
+    """Whether this process runs Triton kernels in the interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _host(op: str, device_type: str) -> ModuleType:
+    module = "cpu" if device_type == "cpu" and not interpreted() else "gpu"
+    return importlib.import_module(f"deco_fast.kernels.{op}.{module}")
+
+
+def _define(name: str, schema: str, function: str) -> None:
+    """Define deco_fast::name, computed on each device by this host function of the op's folder."""
+    torch.library.define(f"deco_fast::{name}", schema, tags=_TAGS)
+    op = name.removesuffix("_backward")
+    for device_type in ("cpu", "cuda"):
+
+        def implementation(*arguments: Any, device_type: str = device_type) -> Any:
+            with torch.autocast(device_type, enabled=False):
+                return getattr(_host(op, device_type), function)(*arguments)
+
+        torch.library.impl(f"deco_fast::{name}", device_type, implementation)
+
+
+def _not_differentiable_again(name: str) -> Callable[..., None]:
+    """The gradient of a gradient: none of the kernels has one."""
+
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise NotImplementedError(
+            f"the gradient of deco_fast::{name} cannot be differentiated again; use "
+            'deco_fast.ops.use_backend("reference") for second derivatives'
+        )
+
+    return backward
+
+
+# --- flow_matching_loss -------------------------------------------------------------------------
+# The last result is the gradient of the total with respect to the prediction, made in the same
+# pass, empty without `with_gradient`. A float16 prediction's is float32: it is of the order of
+# 1/(number of values), which float16 cannot hold before a loss scale has been applied.
+
+_define(
+    "flow_matching_loss",
+    "(Tensor prediction, Tensor target, Tensor table, float weight, Tensor? timestep_weight, "
+    "bool with_gradient) -> (Tensor total, Tensor flow_matching, Tensor frequency, "
+    "Tensor gradient)",
+    "forward",
+)
+
+
+def loss_gradient_dtype(prediction: Tensor) -> torch.dtype:
+    """How the gradient of the loss with respect to this prediction is kept."""
+    return torch.float32 if prediction.dtype == torch.float16 else prediction.dtype
+
+
+@torch.library.register_fake("deco_fast::flow_matching_loss")
+def _(
+    prediction: Tensor,
+    target: Tensor,
+    table: Tensor,
+    weight: float,
+    timestep_weight: Tensor | None,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = prediction.shape if with_gradient else (0,)
+    gradient = prediction.new_empty(shape, dtype=loss_gradient_dtype(prediction))
+    total, flow_matching, frequency = (
+        prediction.new_empty((), dtype=torch.float32) for _ in range(3)
+    )
+    return total, flow_matching, frequency, gradient
+
+
+torch.library.define(
+    "deco_fast::flow_matching_loss_backward",
+    "(Tensor grad_total, Tensor gradient, ScalarType dtype) -> Tensor",
+    tags=_TAGS,
+)
+
+
+@torch.library.impl("deco_fast::flow_matching_loss_backward", ("cpu", "cuda"))
+def _(grad_total: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    return (gradient * grad_total.to(gradient.dtype)).to(dtype)
+
+
+@torch.library.register_fake("deco_fast::flow_matching_loss_backward")
+def _(grad_total: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+def _loss_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    prediction, target = inputs[:2]
+    _, flow_matching, frequency, gradient = output
+    ctx.mark_non_differentiable(flow_matching, frequency, gradient)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(gradient)
+    ctx.dtypes = prediction.dtype, target.dtype
+
+
+def _loss_backward(ctx: Any, grad_total: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    op = torch.ops.deco_fast.flow_matching_loss_backward
+    wanted = ctx.needs_input_grad[:2]
+    grad_prediction = op(grad_total, gradient, ctx.dtypes[0]) if wanted[0] else None
+    grad_target = op(-grad_total, gradient, ctx.dtypes[1]) if wanted[1] else None
+    return grad_prediction, grad_target, None, None, None, None
+
+
+torch.library.register_autograd(
+    "deco_fast::flow_matching_loss", _loss_backward, setup_context=_loss_setup_context
+)
+torch.library.register_autograd(
+    "deco_fast::flow_matching_loss_backward", _not_differentiable_again("flow_matching_loss")
+)
+
+
+# --- pixel_decoder ------------------------------------------------------------------------------
+# `small` lists all parameters but the two of the upsampling: pixel_embedder_weight,
+# pixel_embedder_bias, input_proj_weight, input_proj_bias, the eight of each block in the order of
+# BlockParameters, output_weight, output_bias. `y` is what the backward pass keeps beside the
+# inputs: the upsampled tokens, flat, in whatever order the implementation wrote them.
+
+_define(
+    "pixel_decoder",
+    "(Tensor x, Tensor tokens, Tensor upsample_weight, Tensor upsample_bias, Tensor[] small, "
+    "int patch_size) -> (Tensor velocity, Tensor y)",
+    "forward",
+)
+_define(
+    "pixel_decoder_backward",
+    "(Tensor grad_velocity, Tensor x, Tensor tokens, Tensor y, Tensor upsample_weight, "
+    "Tensor upsample_bias, Tensor[] small, int patch_size, bool need_x_grad) -> (Tensor grad_x, "
+    "Tensor grad_tokens, Tensor grad_upsample_weight, Tensor grad_upsample_bias, "
+    "Tensor[] grad_small)",
+    "backward",
+)
+
+
+def condition_dtype(tokens: Tensor) -> torch.dtype:
+    """How the upsampled tokens are kept: CPUs have no arithmetic in float16 to speak of."""
+    if tokens.dtype == torch.float16 and tokens.device.type == "cpu":
+        return torch.float32
+    return tokens.dtype
+
+
+@torch.library.register_fake("deco_fast::pixel_decoder")
+def _(
+    x: Tensor,
+    tokens: Tensor,
+    upsample_weight: Tensor,
+    upsample_bias: Tensor,
+    small: Sequence[Tensor],
+    patch_size: int,
+) -> tuple[Tensor, Tensor]:
+    batch, length, _ = tokens.shape
+    y = tokens.new_empty(batch * length * upsample_bias.shape[0], dtype=condition_dtype(tokens))
+    return tokens.new_empty(x.shape), y
+
+
+@torch.library.register_fake("deco_fast::pixel_decoder_backward")
+def _(
+    grad_velocity: Tensor,
+    x: Tensor,
+    tokens: Tensor,
+    y: Tensor,
+    upsample_weight: Tensor,
+    upsample_bias: Tensor,
+    small: Sequence[Tensor],
+    patch_size: int,
+    need_x_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    def like(tensor: Tensor) -> Tensor:
+        return tensor.new_empty(tensor.shape)
+
+    grad_x = like(x) if need_x_grad else x.new_empty(0)
+    grads = like(tokens), like(upsample_weight), like(upsample_bias)
+    return grad_x, *grads, [like(tensor) for tensor in small]
+
+
+def _decoder_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, tokens, upsample_weight, upsample_bias, small, patch_size = inputs
+    _, y = output
+    ctx.mark_non_differentiable(y)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, tokens, y, upsample_weight, upsample_bias, *small)
+    ctx.patch_size = patch_size
+
+
+def _decoder_backward(ctx: Any, grad_velocity: Tensor, _: None) -> tuple[Any, ...]:
+    x, tokens, y, upsample_weight, upsample_bias, *small = ctx.saved_tensors
+    need_x_grad = ctx.needs_input_grad[0]
+    grad_x, *grads, grad_small = torch.ops.deco_fast.pixel_decoder_backward(
+        grad_velocity,
+        *(x, tokens, y, upsample_weight, upsample_bias, small, ctx.patch_size, need_x_grad),
+    )
+    return grad_x if need_x_grad else None, *grads, grad_small, None
+
+
+torch.library.register_autograd(
+    "deco_fast::pixel_decoder", _decoder_backward, setup_context=_decoder_setup_context
+)
+torch.library.register_autograd(
+    "deco_fast::pixel_decoder_backward", _not_differentiable_again("pixel_decoder")
+)
