@@ -14,13 +14,11 @@
 
 #include <cstdint>
 
+#include "element.h"
+
 namespace deco {
 
 constexpr int kMaxDecoderBlocks = 6;
-
-// How y and its gradient are stored, and in what the small products are computed. All sums, the
-// residual stream and the normalisation are float32.
-enum class Element { float32, bfloat16 };
 
 struct PixelDecoderShape {
   int64_t batch;
@@ -29,6 +27,8 @@ struct PixelDecoderShape {
   int patch_size;
   int channels;  // 16, 32 or 64
   int blocks;    // 1 … kMaxDecoderBlocks
+  // How y and its gradient are stored, and in what the small products are computed. All sums,
+  // the residual stream and the normalisation are float32.
   Element element;
 };
 
