@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import platform
 import sys
 
-from setuptools import find_namespace_packages, find_packages, setup
+from setuptools import Extension, find_namespace_packages, find_packages, setup
+
+# For `make sanitize`.
+_SANITIZE = os.environ.get("DECO_SANITIZE", "0") not in ("", "0")
+_SANITIZERS = ["-fsanitize=address,undefined"] if _SANITIZE else []
+# Python's own flags bring -g, which makes the library twenty times larger.
+_OPTIMISATION = ["-O1", "-g1", "-fno-omit-frame-pointer"] if _SANITIZE else ["-O3", "-g0"]
+_FLAGS = [*_OPTIMISATION, *_SANITIZERS, "-fvisibility=hidden"]
+# What at::parallel_for needs. Apple's compiler has no OpenMP of its own: one thread there.
+_OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 
 def _packages() -> list[str]:
@@ -24,6 +35,33 @@ def _give_up(reason: object) -> None:
     if os.environ.get("DECO_REQUIRE_EXTENSION", "0") not in ("", "0"):
         raise RuntimeError(message)
     print(f"warning: {message}", file=sys.stderr)
+
+
+# The kernels are compiled once for each of these, into the namespace of that name (the macro
+# DECO_NAMESPACE), and csrc/instruction_set.cpp picks one at run time. They include no header of
+# torch: the linker might keep the AVX-512 copy of an inline function for everybody.
+_KERNELS = ["csrc/flow_matching_loss.cpp", "csrc/pixel_decoder.cpp"]
+# Vectors never cross the border of a compiled file, so how they would be passed does not matter.
+_KERNEL_FLAGS = [*_FLAGS, "-std=c++20", "-fopenmp-simd", "-Wno-psabi"]
+_AVX2 = ["-mavx2", "-mfma"]
+_AVX512 = [
+    *_AVX2,
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    "-mprefer-vector-width=512",
+]
+_X86_FLAGS = {
+    "baseline": [],
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_bf16": [*_AVX512, "-mavx512bf16"],
+}
+
+
+def _instruction_sets() -> dict[str, list[str]]:
+    """The compiler flags of every instruction set that the kernels are built for."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return _X86_FLAGS
+    return {"baseline": []}
 
 
 def _extension() -> dict[str, object]:
@@ -45,13 +83,29 @@ def _extension() -> dict[str, object]:
                 _give_up(error)
                 self.extensions = []  # else an editable install looks for the file to copy
 
+        def build_extension(self, ext: Extension) -> None:
+            for name, flags in _instruction_sets().items():
+                ext.extra_objects += self.compiler.compile(
+                    _KERNELS,
+                    output_dir=os.path.join(self.build_temp, name),
+                    macros=[("DECO_NAMESPACE", name)],
+                    extra_postargs=[*_KERNEL_FLAGS, *flags],
+                    depends=ext.depends,
+                )
+            super().build_extension(ext)
+
     extension = CppExtension(
         "deco_fast._C",
-        sources=["csrc/extension.cpp", "csrc/instruction_set.cpp"],
-        depends=["csrc/instruction_set.h"],
+        sources=[
+            "csrc/extension.cpp",
+            "csrc/flow_matching_loss_op.cpp",
+            "csrc/instruction_set.cpp",
+            "csrc/pixel_decoder_op.cpp",
+        ],
+        depends=sorted(glob.glob("csrc/*.h")),
         include_dirs=[pybind11.get_include()],
-        # Python's own flags bring -g, which makes the library twenty times larger.
-        extra_compile_args=[] if sys.platform == "win32" else ["-O3", "-g0", "-fvisibility=hidden"],
+        extra_compile_args=[*_FLAGS, *_OPENMP],
+        extra_link_args=[*_OPENMP, *_SANITIZERS],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuildExtension}}
 

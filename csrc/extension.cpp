@@ -1,13 +1,24 @@
 // The Python module deco_fast._C.
 #include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
 
+#include "flow_matching_loss_op.h"
 #include "instruction_set.h"
+#include "pixel_decoder_op.h"
+
+namespace py = pybind11;
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.doc() = "The C++ side of deco_fast: what this CPU can do.";
+  module.doc() = "The C++ side of deco_fast: what this CPU can do, and the kernels for it.";
   module.def(
       "instruction_set", [] { return deco::name(deco::selected_instruction_set()); },
       "The instruction set that the CPU kernels use: 'baseline', 'avx2', 'avx512' or "
       "'avx512_bf16'. Raises ValueError if the environment variable DECO_ISA names an unknown "
       "one or one that this CPU lacks.");
+  module.def("flow_matching_loss_forward", &deco::flow_matching_loss_forward,
+             py::call_guard<py::gil_scoped_release>(), "See flow_matching_loss_op.h.");
+  module.def("pixel_decoder_forward", &deco::pixel_decoder_forward,
+             py::call_guard<py::gil_scoped_release>(), "See pixel_decoder_op.h.");
+  module.def("pixel_decoder_backward", &deco::pixel_decoder_backward,
+             py::call_guard<py::gil_scoped_release>(), "See pixel_decoder_op.h.");
 }

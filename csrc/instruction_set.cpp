@@ -26,7 +26,7 @@ std::string name(InstructionSet instruction_set) {
 }
 
 InstructionSet detect_instruction_set() {
-#if (defined(__GNUC__) || defined(__clang__)) && (defined(__x86_64__) || defined(__i386__))
+#if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
   __builtin_cpu_init();
   // The flags of GCC and Clang that the kernels are compiled with name all of these.
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {

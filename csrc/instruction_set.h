@@ -18,4 +18,11 @@ InstructionSet detect_instruction_set();
 // Throws std::invalid_argument if DECO_ISA names none or one that this CPU lacks.
 InstructionSet selected_instruction_set();
 
+// The tables of kernels called `name`, one for each instruction set, in the order of the enum.
+#if defined(__x86_64__)
+#define DECO_KERNELS(name) {&baseline::name, &avx2::name, &avx512::name, &avx512_bf16::name}
+#else
+#define DECO_KERNELS(name) {&baseline::name}
+#endif
+
 }  // namespace deco

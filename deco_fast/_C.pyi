@@ -1,3 +1,24 @@
-"""The C++ extension; it may be absent."""
+"""The C++ extension; it may be absent. The headers csrc/*_op.h say what the functions take."""
+
+from torch import Tensor
 
 def instruction_set() -> str: ...
+def flow_matching_loss_forward(
+    prediction: Tensor,
+    target: Tensor,
+    table: Tensor,
+    weight: float,
+    timestep_weight: Tensor | None,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def pixel_decoder_forward(
+    x: Tensor, y: Tensor, weights: list[Tensor], patch_size: int
+) -> Tensor: ...
+def pixel_decoder_backward(
+    grad_velocity: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weights: list[Tensor],
+    patch_size: int,
+    need_x_grad: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]: ...

@@ -27,18 +27,25 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from deco_fast.kernels.flow_matching_loss.reference import BLOCK
+fused_ops: Final = torch.ops.deco_fast
+"""What this file registers: `fused_ops.pixel_decoder(…)`."""
+
+INTERPRETED: Final = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Whether this process runs Triton kernels in Triton's interpreter, on the CPU."""
 
 _TAGS: Final = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides)
 
 
-def interpreted() -> bool:
-    """Whether this process runs Triton kernels in the interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+def within_transform() -> bool:
+    """Whether this is inside of `torch.func.grad`, `vmap` and the like.
+
+    `torch.library.register_autograd` has no rules for these, so there the reference computes.
+    """
+    return torch._C._are_functorch_transforms_active()
 
 
 def _host(op: str, device_type: str) -> ModuleType:
-    module = "cpu" if device_type == "cpu" and not interpreted() else "gpu"
+    module = "cpu" if device_type == "cpu" and not INTERPRETED else "gpu"
     return importlib.import_module(f"deco_fast.kernels.{op}.{module}")
 
 
@@ -123,7 +130,9 @@ def _(grad_total: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
 def _loss_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     prediction, target = inputs[:2]
     _, flow_matching, frequency, gradient = output
-    ctx.mark_non_differentiable(flow_matching, frequency, gradient)
+    # Not the gradient: as a differentiable result it leads a second derivative to the error below,
+    # where it would be silently zero otherwise.
+    ctx.mark_non_differentiable(flow_matching, frequency)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(gradient)
     ctx.dtypes = prediction.dtype, target.dtype
@@ -131,7 +140,7 @@ def _loss_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 def _loss_backward(ctx: Any, grad_total: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
-    op = torch.ops.deco_fast.flow_matching_loss_backward
+    op = fused_ops.flow_matching_loss_backward
     wanted = ctx.needs_input_grad[:2]
     grad_prediction = op(grad_total, gradient, ctx.dtypes[0]) if wanted[0] else None
     grad_target = op(-grad_total, gradient, ctx.dtypes[1]) if wanted[1] else None
@@ -221,7 +230,7 @@ def _decoder_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 def _decoder_backward(ctx: Any, grad_velocity: Tensor, _: None) -> tuple[Any, ...]:
     x, tokens, y, upsample_weight, upsample_bias, *small = ctx.saved_tensors
     need_x_grad = ctx.needs_input_grad[0]
-    grad_x, *grads, grad_small = torch.ops.deco_fast.pixel_decoder_backward(
+    grad_x, *grads, grad_small = fused_ops.pixel_decoder_backward(
         grad_velocity,
         *(x, tokens, y, upsample_weight, upsample_bias, small, ctx.patch_size, need_x_grad),
     )

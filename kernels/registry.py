@@ -22,6 +22,7 @@ from typing import Any, Final
 import torch
 
 from deco_fast.errors import UserError
+from deco_fast.kernels.registration import INTERPRETED
 
 OPS: Final = ("linear_upsample", "pixel_decoder", "flow_matching_loss")
 BACKENDS: Final = ("reference", "triton", "cpp")
@@ -30,9 +31,23 @@ _SOURCES: Final[dict[tuple[str, str], str]] = {
     ("linear_upsample", "reference"): "deco_fast.kernels.linear_upsample.reference",
     ("pixel_decoder", "reference"): "deco_fast.kernels.pixel_decoder.reference",
     ("flow_matching_loss", "reference"): "deco_fast.kernels.flow_matching_loss.reference",
+    # A product and nothing else, for which torch's libraries are the fastest kernels there are.
+    ("linear_upsample", "triton"): "deco_fast.kernels.linear_upsample.reference",
+    ("linear_upsample", "cpp"): "deco_fast.kernels.linear_upsample.reference",
+    ("pixel_decoder", "triton"): "deco_fast.kernels.pixel_decoder.fused",
+    ("pixel_decoder", "cpp"): "deco_fast.kernels.pixel_decoder.fused",
+    ("flow_matching_loss", "triton"): "deco_fast.kernels.flow_matching_loss.fused",
+    ("flow_matching_loss", "cpp"): "deco_fast.kernels.flow_matching_loss.fused",
 }
 
 _PREFERRED: Final = {"cuda": "triton", "cpu": "cpp"}
+
+
+def _devices(backend: str) -> tuple[str, ...]:
+    """Where a backend computes; empty for everywhere."""
+    if backend == "triton":
+        return ("cuda", "cpu") if INTERPRETED else ("cuda",)
+    return ("cpu",) if backend == "cpp" else ()
 
 
 def triton_problem() -> str | None:
@@ -44,6 +59,8 @@ def triton_problem() -> str | None:
 
 def extension_problem() -> str | None:
     """Why the C++ extension cannot be used here, or None."""
+    if INTERPRETED:
+        return "TRITON_INTERPRET=1 gives the CPU to the interpreted Triton kernels; unset it"
     try:
         importlib.import_module("deco_fast._C")
     except ImportError as error:
@@ -102,10 +119,16 @@ def backend_for(op: str, device_type: str) -> str:
     """The name of the backend that computes `op` for tensors on `device_type`.
 
     Raises:
-        UserError: as `check_backend`.
+        UserError: as `check_backend`, and if the forced backend does not run on this device.
     """
     if _forced is not None:
         check_backend(op)
+        devices = _devices(_forced)
+        if devices and device_type not in devices:
+            raise UserError(
+                f"backend '{_forced}' computes on {' and '.join(devices)}, and {op} got tensors on "
+                f"{device_type}; move them, or unset DECO_BACKEND and let the device decide"
+            )
         return _forced
     preferred = _PREFERRED.get(device_type, "reference")
     return preferred if preferred in _implementations[op] else "reference"

@@ -28,11 +28,15 @@ def _columns(rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def _used_on(op: str, backend: str) -> str:
+def _is_used(op: str, backend: str, device_type: str) -> bool:
     try:
-        devices = [device for device in ("cpu", "cuda") if backend_for(op, device) == backend]
-    except UserError:  # the forced backend lacks this op: nothing is used
-        return ""
+        return backend_for(op, device_type) == backend
+    except UserError:  # the forced backend lacks this op or device
+        return False
+
+
+def _used_on(op: str, backend: str) -> str:
+    devices = [device for device in ("cpu", "cuda") if _is_used(op, backend, device)]
     return f", used on {' and '.join(devices)}" if devices else ""
 
 

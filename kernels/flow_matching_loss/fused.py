@@ -1,0 +1,37 @@
+"""The training loss by the fused op, for the backends `cpp` and `triton`.
+
+One pass reads prediction and target once and writes the gradient of the total beside the sums.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deco_fast.kernels.flow_matching_loss import reference
+from deco_fast.kernels.registration import fused_ops, within_transform
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def flow_matching_loss(
+    prediction: Tensor,
+    target: Tensor,
+    table: Tensor,
+    weight: float,
+    timestep_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `deco_fast.losses.flow_matching_loss`.
+
+    Differentiable with respect to prediction and target. Left to the reference: float64, a table
+    or timestep weights that want a gradient, and all inside of `torch.func` transforms.
+    """
+    learned = table.requires_grad or (timestep_weight is not None and timestep_weight.requires_grad)
+    dtypes = (prediction.dtype, target.dtype)
+    if learned or not set(_DTYPES).issuperset(dtypes) or within_transform():
+        return reference.flow_matching_loss(prediction, target, table, weight, timestep_weight)
+    with_gradient = torch.is_grad_enabled() and (prediction.requires_grad or target.requires_grad)
+    total, flow_matching, frequency, _ = fused_ops.flow_matching_loss(
+        prediction, target, table, weight, timestep_weight, with_gradient
+    )
+    return total, flow_matching, frequency

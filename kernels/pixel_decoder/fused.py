@@ -1,0 +1,58 @@
+"""The pixel decoder by the fused op, for the backends `cpp` and `triton`."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from deco_fast.kernels.pixel_decoder import reference
+from deco_fast.kernels.pixel_decoder.reference import PixelDecoderParameters
+from deco_fast.kernels.registration import fused_ops, within_transform
+
+CHANNELS = (16, 32, 64)
+PATCH_SIZES = (1, 2, 4, 8, 16, 32)
+MAX_BLOCKS = 6
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def fits(x: Tensor, tokens: Tensor, parameters: PixelDecoderParameters, patch_size: int) -> bool:
+    """Whether the fused kernels are made for this problem."""
+    return (
+        parameters.output_weight.shape[0] == x.shape[1] == 3
+        and parameters.output_weight.shape[1] in CHANNELS
+        and patch_size in PATCH_SIZES
+        and 1 <= len(parameters.blocks) <= MAX_BLOCKS
+        and x.dtype in _DTYPES
+        and tokens.dtype in _DTYPES
+    )
+
+
+def pixel_decoder(
+    x: Tensor, tokens: Tensor, parameters: PixelDecoderParameters, patch_size: int
+) -> Tensor:
+    """See `deco_fast.ops.pixel_decoder`.
+
+    Left to the reference: sizes and dtypes that the kernels are not made for (`fits`), and all
+    inside of `torch.func` transforms.
+
+    The computation is in the dtype of the tokens, under autocast in that of autocast, and so is
+    the velocity. The parameters stay as they are, so that no converted copy of them waits for the
+    backward pass.
+    """
+    if within_transform() or not fits(x, tokens, parameters, patch_size):
+        return reference.pixel_decoder(x, tokens, parameters, patch_size)
+    device_type = tokens.device.type
+    if torch.is_autocast_enabled(device_type):
+        tokens = tokens.to(torch.get_autocast_dtype(device_type))
+    p = parameters
+    small = [
+        *(p.pixel_embedder_weight, p.pixel_embedder_bias, p.input_proj_weight, p.input_proj_bias),
+        *chain.from_iterable(p.blocks),
+        *(p.output_weight, p.output_bias),
+    ]
+    velocity, _ = fused_ops.pixel_decoder(
+        x, tokens, p.upsample_weight, p.upsample_bias, small, patch_size
+    )
+    return velocity

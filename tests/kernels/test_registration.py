@@ -1,0 +1,306 @@
+"""The registered ops as PyTorch handles them: opcheck, compile, autocast, transforms, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deco_fast import ops
+from deco_fast.errors import UserError
+from deco_fast.kernels import registry
+from deco_fast.kernels.pixel_decoder.reference import BlockParameters, PixelDecoderParameters
+from deco_fast.kernels.registration import fused_ops
+from deco_fast.losses import frequency_table
+
+pytestmark = pytest.mark.skipif(
+    "cpp" not in registry._implementations["pixel_decoder"],
+    reason=f"the C++ backend is not available: {registry.extension_problem()}",
+)
+
+PATCH, CHANNELS, HIDDEN, BLOCKS = 4, 16, 24, 2
+
+
+@pytest.fixture(autouse=True)
+def _cpp() -> Iterator[None]:
+    with ops.use_backend("cpp"):
+        yield
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> PixelDecoderParameters:
+    def tensor(*shape: int) -> Tensor:
+        return (0.3 * torch.randn(*shape)).to(dtype).requires_grad_()
+
+    c = CHANNELS
+    block_shapes = BlockParameters(  # type: ignore[arg-type]
+        *((c,), (c,), (3 * c, c), (3 * c,), (c, c), (c,), (c, c), (c,))
+    )
+    return PixelDecoderParameters(
+        tensor(PATCH**2 * c, HIDDEN),
+        tensor(PATCH**2 * c),
+        *(tensor(c, 67), tensor(c), tensor(c, c), tensor(c)),
+        tuple(BlockParameters(*(tensor(*shape) for shape in block_shapes)) for _ in range(BLOCKS)),
+        *(tensor(3, c), tensor(3)),
+    )
+
+
+def flat(p: PixelDecoderParameters) -> list[Tensor]:
+    """All tensors in the order of the op: the two of the upsampling, then `small`."""
+    first = [p.upsample_weight, p.upsample_bias, p.pixel_embedder_weight, p.pixel_embedder_bias]
+    blocks = [tensor for block in p.blocks for tensor in block]
+    return [*first, p.input_proj_weight, p.input_proj_bias, *blocks, p.output_weight, p.output_bias]
+
+
+def image(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, 3, 8, 12).to(dtype).requires_grad_()
+
+
+def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, 6, HIDDEN).to(dtype).requires_grad_()
+
+
+def loss_arguments(dtype: torch.dtype, with_gradient: bool) -> tuple[Any, ...]:
+    weight = torch.tensor([0.5, 2.0])
+    return image(dtype), image(), frequency_table(), 0.7, weight, with_gradient
+
+
+def decoder_arguments(dtype: torch.dtype) -> tuple[Any, ...]:
+    upsample_weight, upsample_bias, *small = flat(parameters())
+    return image(), tokens(dtype), upsample_weight, upsample_bias, small, PATCH
+
+
+def detached(argument: Any) -> Any:
+    if isinstance(argument, list):
+        return [detached(item) for item in argument]
+    return argument.detach() if isinstance(argument, Tensor) else argument
+
+
+class TestOpcheck:
+    """torch's own check of schema, fake, autograd and tracing with fixed and dynamic shapes."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_loss(self, dtype: torch.dtype) -> None:
+        torch.library.opcheck(fused_ops.flow_matching_loss, loss_arguments(dtype, True))
+
+    def test_loss_without_gradient(self) -> None:
+        arguments = [detached(a) for a in loss_arguments(torch.float32, False)]
+        torch.library.opcheck(fused_ops.flow_matching_loss, tuple(arguments))
+
+    def test_loss_backward(self) -> None:
+        arguments = torch.tensor(2.0), torch.randn(2, 3, 8, 8), torch.bfloat16
+        torch.library.opcheck(fused_ops.flow_matching_loss_backward, arguments)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_decoder(self, dtype: torch.dtype) -> None:
+        torch.library.opcheck(fused_ops.pixel_decoder, decoder_arguments(dtype))
+
+    @pytest.mark.parametrize("need_x_grad", [False, True])
+    def test_decoder_backward(self, need_x_grad: bool) -> None:
+        arguments = [detached(argument) for argument in decoder_arguments(torch.bfloat16)]
+        velocity, y = fused_ops.pixel_decoder(*arguments)
+        x, condition, *parameters, patch_size = arguments
+        torch.library.opcheck(
+            fused_ops.pixel_decoder_backward,
+            (velocity, x, condition, y, *parameters, patch_size, need_x_grad),
+        )
+
+
+def decode(p: PixelDecoderParameters) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, condition: ops.pixel_decoder(x, condition, p, PATCH)
+
+
+def lose(x: Tensor, target: Tensor) -> Tensor:
+    return ops.flow_matching_loss(x, target, frequency_table(), 0.7)[0]
+
+
+class Counter:
+    """A backend of torch.compile that counts the nodes that call each op, and runs the graph."""
+
+    def __init__(self) -> None:
+        self.nodes: list[str] = []
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        from functorch.compile import make_boxed_func
+        from torch._dynamo.backends.common import aot_autograd
+
+        def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+            calls = (node.target for node in graph.graph.nodes if node.op == "call_function")
+            self.nodes += [str(target) for target in calls if "deco_fast" in str(target)]
+            return make_boxed_func(graph.forward)
+
+        return aot_autograd(fw_compiler=count)(module, inputs)
+
+
+class TestCompile:
+    def test_the_decoder_is_one_node(self) -> None:
+        p, x, condition = parameters(), image(), tokens()
+        leaves = [x, condition, *flat(p)]
+        expected = torch.autograd.grad(decode(p)(x, condition).square().sum(), leaves)
+        counter = Counter()
+        velocity = torch.compile(decode(p), backend=counter, fullgraph=True)(x, condition)
+        result = torch.autograd.grad(velocity.square().sum(), leaves)
+        assert counter.nodes == [
+            "deco_fast.pixel_decoder.default",
+            "deco_fast.pixel_decoder_backward.default",
+        ]
+        torch.testing.assert_close(result, expected)
+
+    def test_the_loss_is_one_node(self) -> None:
+        x, target = image(), image()
+        expected = torch.autograd.grad(lose(x, target), [x, target])
+        counter = Counter()
+        total = torch.compile(lose, backend=counter, fullgraph=True)(x, target)
+        result = torch.autograd.grad(total, [x, target])
+        assert counter.nodes[0] == "deco_fast.flow_matching_loss.default"
+        assert counter.nodes.count("deco_fast.flow_matching_loss.default") == 1
+        torch.testing.assert_close(result, expected)
+
+    @pytest.mark.slow
+    def test_inductor(self) -> None:
+        p, x, condition = parameters(), image(), tokens()
+
+        def step(x: Tensor, condition: Tensor) -> Tensor:
+            return lose(decode(p)(x, 2 * condition) + x, torch.zeros_like(x))
+
+        leaves = [x, condition, *flat(p)]
+        expected = torch.autograd.grad(step(x, condition), leaves)
+        result = torch.autograd.grad(torch.compile(step, fullgraph=True)(x, condition), leaves)
+        torch.testing.assert_close(result, expected)
+
+
+class TestAutocast:
+    def test_the_decoder_computes_in_the_dtype_of_autocast(self) -> None:
+        p, x, condition = parameters(), image(), tokens()
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = decode(p)(x, condition)
+            with ops.use_backend("reference"):
+                expected = decode(p)(x, condition)
+        assert velocity.dtype == expected.dtype == torch.bfloat16
+        gradients = torch.autograd.grad(velocity.float().square().sum(), [x, condition, *flat(p)])
+        assert {gradient.dtype for gradient in gradients} == {torch.float32}
+        # What is kept in bfloat16 is kept: the result differs from float32's, but not by more.
+        exact = decode(p)(x, condition)
+        error = float(((velocity - exact).norm() / exact.norm()).detach())
+        assert 1e-4 < error < 1e-2
+
+    def test_no_copy_of_the_parameters_waits_for_the_backward_pass(self) -> None:
+        p, x, condition = parameters(), image(), tokens()
+        kept: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            decode(p)(x, condition)
+        given = {tensor.data_ptr() for tensor in (x, condition, *flat(p))}
+        copies = [tensor for tensor in kept if tensor.data_ptr() not in given]
+        assert sorted(tensor.numel() for tensor in copies) == [
+            condition.numel(),
+            condition.shape[0] * condition.shape[1] * PATCH**2 * CHANNELS,
+        ]
+
+    def test_the_loss_stays_in_float32(self) -> None:
+        x, target = image(), image()
+        expected = lose(x, target)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(lose(x, target), expected)
+
+
+class TestAutograd:
+    def test_gradcheck_of_directions(self) -> None:
+        """The gradient of the whole step against a difference quotient along one direction."""
+        p, x, condition = parameters(), image(), tokens()
+        target = image().detach()
+
+        def step(x: Tensor, condition: Tensor) -> Tensor:
+            return lose(decode(p)(x, condition), target)
+
+        gradients = torch.autograd.grad(step(x, condition), [x, condition])
+        directions = [torch.randn_like(tensor) for tensor in (x, condition)]
+        slope = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
+        h = 1e-2
+        with torch.no_grad():
+            up = step(x + h * directions[0], condition + h * directions[1])
+            down = step(x - h * directions[0], condition - h * directions[1])
+        assert slope == pytest.approx(float(up - down) / (2 * h), rel=1e-2)
+
+    def test_only_what_is_asked_for(self) -> None:
+        p = parameters()
+        x, condition = image().detach(), tokens()
+        velocity = decode(p)(x, condition)
+        (gradient,) = torch.autograd.grad(velocity.sum(), condition)
+        assert gradient.shape == condition.shape
+        assert not decode(p)(x, condition.detach()).isnan().any()
+        with torch.no_grad():
+            assert not decode(p)(x, condition).requires_grad
+
+    def test_accumulation_and_checkpointing(self) -> None:
+        p, x, condition = parameters(), image(), tokens()
+        for _ in range(2):
+            torch.utils.checkpoint.checkpoint(
+                decode(p), x, condition, use_reentrant=False
+            ).sum().backward()
+        assert condition.grad is not None
+        (once,) = torch.autograd.grad(decode(p)(x, condition).sum(), condition)
+        torch.testing.assert_close(condition.grad, 2 * once)
+
+    def test_func_grad(self) -> None:
+        """By the reference, which alone has the rules for it."""
+        p, x, condition = parameters(), image(), tokens()
+        expected = torch.autograd.grad(lose(decode(p)(x, condition), x.detach()), condition)[0]
+        x, condition = x.detach(), condition.detach()
+        result = torch.func.grad(lambda condition: lose(decode(p)(x, condition), x))(condition)
+        torch.testing.assert_close(result, expected)
+
+    @pytest.mark.parametrize("op", ["pixel_decoder", "flow_matching_loss"])
+    def test_second_derivatives_are_a_clear_error(self, op: str) -> None:
+        x = image()
+        if op == "pixel_decoder":
+            value = decode(parameters())(x, tokens()).square().sum()
+        else:
+            value = lose(x, image())
+        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+        with pytest.raises(NotImplementedError, match=f"deco_fast::{op} cannot .*use_backend"):
+            gradient.square().sum().backward()
+
+
+class TestFallback:
+    def test_other_widths_go_to_the_reference(self) -> None:
+        p = parameters()
+        x, condition = image(), tokens()
+        with pytest.raises(RuntimeError, match="shape"):  # the reference's own, for a wrong layout
+            decode(p._replace(output_weight=p.output_weight[:, :8]))(x, condition)
+        double = PixelDecoderParameters(
+            *(
+                tuple(BlockParameters(*(t.double() for t in block)) for block in field)
+                if isinstance(field, tuple)
+                else field.double()
+                for field in p
+            )
+        )
+        velocity = decode(double)(x.double(), condition.double())
+        assert velocity.dtype == torch.float64
+        torch.testing.assert_close(velocity.float(), decode(p)(x, condition), rtol=1e-4, atol=1e-4)
+
+
+class TestDevices:
+    def test_a_forced_backend_on_the_wrong_device(self) -> None:
+        with pytest.raises(UserError, match="'cpp' computes on cpu, and pixel_decoder got tensors"):
+            registry.backend_for("pixel_decoder", "cuda")
+        with (
+            ops.use_backend("triton"),
+            pytest.raises(UserError, match=r"cannot compute|computes on cuda.*on cpu; move them"),
+        ):
+            lose(image(), image())
+
+    def test_a_wrong_instruction_set(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("DECO_ISA", "sse9")
+        with pytest.raises(ValueError, match="unknown instruction set 'sse9'"):
+            lose(image(), image())
