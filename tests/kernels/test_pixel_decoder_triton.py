@@ -1,0 +1,193 @@
+"""The Triton pixel decoder against the reference in float64: the velocity and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import interpreter
+import pytest
+import torch
+from torch import Tensor
+
+from deco_fast.kernels.pixel_decoder.reference import (
+    BlockParameters,
+    PixelDecoderParameters,
+    pixel_decoder,
+)
+
+if interpreter.KERNELS_RUN:
+    from deco_fast.kernels.pixel_decoder import gpu
+
+TOKEN_WIDTH = 24
+DTYPES = [torch.float32, torch.float16]
+if not interpreter.INTERPRETED:
+    DTYPES.append(torch.bfloat16)
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+
+# channels, blocks, patch size, batch, rows and columns of patches
+SHAPES = [
+    pytest.param(32, 3, 16, 2, 1, 1, id="DeCo-XL"),
+    pytest.param(16, 2, 1, 2, 5, 7, id="one pixel per patch, an odd number of them"),
+    pytest.param(16, 6, 2, 3, 3, 5, id="most blocks"),
+    pytest.param(64, 1, 4, 1, 3, 3, id="most channels, one block"),
+    pytest.param(32, 2, 8, 1, 1, 3, id="patches as large as a tile"),
+    pytest.param(16, 1, 32, 1, 1, 1, id="largest patch"),
+]
+
+
+class Case:
+    """Random inputs and parameters, and what the reference makes of them in float64."""
+
+    def __init__(
+        self,
+        channels: int,
+        blocks: int,
+        patch_size: int,
+        batch: int,
+        rows: int,
+        columns: int,
+        dtype: torch.dtype,
+    ) -> None:
+        def normal(*shape: int, std: float = 0.3) -> Tensor:
+            return torch.randn(shape, device=interpreter.DEVICE) * std
+
+        c, area = channels, patch_size**2
+        self.patch_size = patch_size
+        self.x = normal(batch, 3, rows * patch_size, columns * patch_size, std=1).to(dtype)
+        self.tokens = normal(batch, rows * columns, TOKEN_WIDTH, std=1).to(dtype)
+        self.grad_velocity = torch.randn_like(self.x)
+        self.upsample = [normal(area * c, TOKEN_WIDTH), normal(area * c)]
+        self.small = [normal(c, 67), normal(c), normal(c, c), normal(c)]
+        for _ in range(blocks):
+            self.small += [1 + normal(c), normal(c), normal(3 * c, c, std=c**-0.5), normal(3 * c)]
+            self.small += [normal(c, c, std=c**-0.5), normal(c)] * 2
+        self.small += [normal(3, c), normal(3)]
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return gpu.forward(self.x, self.tokens, *self.upsample, self.small, self.patch_size)
+
+    def backward(self, y: Tensor, need_x_grad: bool = True) -> list[Tensor]:
+        """The gradients of x, the tokens, the upsampling and the small parameters."""
+        weight, bias = self.upsample
+        grad_x, *grads, grad_small = gpu.backward(
+            *(self.grad_velocity, self.x, self.tokens, y, weight, bias),
+            *(self.small, self.patch_size, need_x_grad),
+        )
+        return [grad_x, *grads, *grad_small]
+
+    def expected(self) -> tuple[Tensor, list[Tensor]]:
+        inputs = [
+            tensor.double().requires_grad_()
+            for tensor in (self.x, self.tokens, *self.upsample, *self.small)
+        ]
+        x, tokens, *upsample = inputs[:4]
+        first, blocks, last = inputs[4:8], inputs[8:-2], inputs[-2:]
+        parameters = PixelDecoderParameters(
+            *upsample,
+            *first,
+            tuple(BlockParameters(*blocks[i : i + 8]) for i in range(0, len(blocks), 8)),
+            *last,
+        )
+        velocity = pixel_decoder(x, tokens, parameters, self.patch_size)
+        return velocity, list(torch.autograd.grad(velocity, inputs, self.grad_velocity.double()))
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """Root mean square of the error over that of what is expected."""
+    return float((value.double() - expected).norm() / expected.norm())
+
+
+@pytest.fixture
+def _poisoned_memory() -> Iterator[None]:
+    """Memory that is allocated without a value holds NaN, so that nothing may stay unwritten."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_poisoned_memory")
+class TestAgainstTheReference:
+    __test__ = interpreter.KERNELS_RUN
+
+    def check(self, case: Case, tolerance: float) -> None:
+        expected_velocity, expected_grads = case.expected()
+        velocity, y = case.forward()
+        grads = case.backward(y)
+        assert velocity.dtype == case.tokens.dtype
+        assert relative_error(velocity, expected_velocity) < tolerance
+        parameters = [case.x, case.tokens, *case.upsample, *case.small]
+        for i, (grad, expected) in enumerate(zip(grads, expected_grads, strict=True)):
+            assert (grad.dtype, grad.shape) == (parameters[i].dtype, parameters[i].shape)
+            assert relative_error(grad, expected) < tolerance, i
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_velocity_and_gradients(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.check(Case(*shape, dtype), TOLERANCE[dtype])
+
+    def test_several_groups_of_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gpu, "GROUP", 2)
+        self.check(Case(16, 2, 8, 1, 3, 3, torch.float32), 1e-5)
+
+    def test_mixed_dtypes_and_strides(self) -> None:
+        case = Case(16, 1, 4, 2, 3, 3, torch.float16)
+        case.x = case.x.float().transpose(2, 3)
+        case.tokens = case.tokens.transpose(0, 1).contiguous().transpose(0, 1)
+        case.grad_velocity = case.grad_velocity.to(memory_format=torch.channels_last)
+        case.small = [parameter.half() for parameter in case.small]
+        self.check(case, TOLERANCE[torch.float16])
+
+
+class TestBehaviour:
+    __test__ = interpreter.KERNELS_RUN
+
+    def test_the_same_bits_at_every_run(self) -> None:
+        case = Case(16, 2, 4, 1, 3, 5, torch.float16)
+        (velocity, y), (again, _) = case.forward(), case.forward()
+        assert torch.equal(velocity, again)
+        for grad, grad_again in zip(case.backward(y), case.backward(y), strict=True):
+            assert torch.equal(grad, grad_again)
+
+    def test_no_gradient_of_x_where_none_is_asked_for(self) -> None:
+        case = Case(16, 1, 4, 1, 1, 3, torch.float32)
+        _, y = case.forward()
+        with_x, without_x = case.backward(y), case.backward(y, need_x_grad=False)
+        assert without_x[0].numel() == 0
+        for grad, grad_with_x in zip(without_x[1:], with_x[1:], strict=True):
+            assert torch.equal(grad, grad_with_x)
+
+    def test_no_image(self) -> None:
+        case = Case(16, 1, 4, 0, 2, 2, torch.float32)
+        velocity, y = case.forward()
+        assert velocity.shape == (0, 3, 8, 8)
+        assert all(grad.count_nonzero() == 0 for grad in case.backward(y))
+
+    @pytest.mark.parametrize(
+        ("channels", "blocks", "patch_size"), [(24, 1, 4), (16, 7, 4), (16, 1, 3)]
+    )
+    def test_shapes_without_a_kernel(self, channels: int, blocks: int, patch_size: int) -> None:
+        case = Case(channels, blocks, patch_size, 1, 1, 1, torch.float32)
+        with pytest.raises(ValueError, match=r"the Triton pixel decoder takes"):
+            case.forward()
+
+    @pytest.mark.gpu
+    @pytest.mark.slow
+    def test_more_elements_than_32_bits_count(self) -> None:
+        """The last image of a batch whose y has more than 2³¹ elements, against that image alone."""
+        case = Case(16, 1, 16, 2200, 16, 16, torch.bfloat16)
+        velocity, y = case.forward()
+        assert y.numel() > 2**31
+        grad_x, grad_tokens, *_ = case.backward(y)
+        case.x, case.tokens, case.grad_velocity = (
+            tensor[-1:] for tensor in (case.x, case.tokens, case.grad_velocity)
+        )
+        last_velocity, y = case.forward()
+        assert relative_error(velocity[-1:], last_velocity.double()) < 1e-2
+        last_grad_x, last_grad_tokens, *_ = case.backward(y)
+        assert relative_error(grad_x[-1:], last_grad_x.double()) < 1e-2
+        assert relative_error(grad_tokens[-1:], last_grad_tokens.double()) < 1e-2
+
+
+@pytest.mark.skipif(interpreter.INTERPRETED, reason="this is the interpreter")
+def test_in_the_interpreter() -> None:
+    interpreter.run_cases(__file__)
