@@ -1,0 +1,43 @@
+"""Triton's kernels on a machine without a GPU: in the interpreter, in a process of their own.
+
+Triton reads TRITON_INTERPRET when it is imported, and then can no longer compile. So a file of
+Triton tests holds its cases in classes, and one test that runs them in the interpreter; on a
+machine with a GPU the cases also run directly:
+
+    class TestForward:
+        __test__ = interpreter.KERNELS_RUN
+
+    def test_in_the_interpreter() -> None:
+        interpreter.run_cases(__file__)
+
+The interpreter computes float32 and float16 right, bfloat16 wrong (Triton 3.6 to 3.9).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+KERNELS_RUN = INTERPRETED or torch.cuda.is_available()
+
+
+def run_cases(path: str) -> None:
+    """Run the tests of a file in a new process under the interpreter; fail where one fails."""
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", path, "-q", "--no-header", "-p", "no:cacheprovider"),
+            *("-k", "not test_in_the_interpreter"),
+        ],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if process.returncode != 0:
+        pytest.fail(process.stdout[-6000:] + process.stderr[-2000:], pytrace=False)
