@@ -1,0 +1,246 @@
+"""The C++ pixel decoder against the reference in float64: the velocity and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from deco_fast import ops
+from deco_fast.errors import UserError
+from deco_fast.kernels import registry
+from deco_fast.kernels.pixel_decoder import reference
+from deco_fast.kernels.pixel_decoder.reference import BlockParameters, PixelDecoderParameters
+
+pytestmark = pytest.mark.skipif(
+    registry.extension_problem() is not None,
+    reason=f"the C++ backend is not available: {registry.extension_problem()}",
+)
+
+TOKEN_WIDTH = 24
+# Root mean square of the error over that of the values.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def available(instruction_set: str) -> bool:
+    from deco_fast import _C
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DECO_ISA", instruction_set)
+        try:
+            return _C.instruction_set() == instruction_set
+        except ValueError:
+            return False
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not available(request.param):
+        pytest.skip(f"this CPU has no {request.param}")
+    monkeypatch.setenv("DECO_ISA", request.param)
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory_is_nan() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Shape(NamedTuple):
+    channels: int
+    blocks: int
+    patch_size: int
+    batch: int
+    rows: int
+    columns: int
+
+
+DECO_XL = Shape(32, 3, 16, 2, 4, 4)
+SHAPES = [
+    pytest.param(DECO_XL, id="DeCo-XL, one full tile"),
+    pytest.param(Shape(16, 2, 1, 2, 9, 7), id="one pixel per patch, a tile that is not full"),
+    pytest.param(Shape(16, 6, 2, 3, 3, 5), id="most blocks"),
+    pytest.param(Shape(64, 1, 4, 1, 7, 11), id="most channels, one block"),
+    pytest.param(Shape(32, 2, 8, 1, 1, 3), id="fewer tokens than lanes"),
+    pytest.param(Shape(16, 1, 32, 1, 2, 1), id="largest patch"),
+]
+
+
+class Case:
+    """Random inputs and parameters, exact in the dtype of the computation."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+        def normal(*sizes: int, std: float = 0.3, mean: float = 0.0) -> Tensor:
+            return (mean + torch.randn(sizes) * std).to(dtype).float()
+
+        c, p = shape.channels, shape.patch_size
+        self.patch_size = p
+        x = normal(shape.batch, 3, shape.rows * p, shape.columns * p, std=1).to(dtype)
+        tokens = normal(shape.batch, shape.rows * shape.columns, TOKEN_WIDTH, std=1).to(dtype)
+        upsample = [normal(p * p * c, TOKEN_WIDTH), normal(p * p * c)]
+        projections = [normal(c, 67), normal(c), normal(c, c), normal(c)]
+        blocks: list[Tensor] = []
+        for _ in range(shape.blocks):
+            blocks += [normal(c, mean=1), normal(c), normal(3 * c, c, std=c**-0.5), normal(3 * c)]
+            blocks += [normal(c, c, std=c**-0.5), normal(c), normal(c, c, std=c**-0.5), normal(c)]
+        output = [normal(3, c), normal(3)]
+        self.inputs = [x, tokens, *upsample, *projections, *blocks, *output]
+        self.grad_velocity = torch.randn_like(x)
+
+    def parameters(self, tensors: list[Tensor]) -> PixelDecoderParameters:
+        """Those of the op, from all of its differentiable tensors."""
+        _, _, *rest = tensors
+        blocks = tuple(
+            BlockParameters(*rest[start : start + 8]) for start in range(6, len(rest) - 2, 8)
+        )
+        return PixelDecoderParameters(*rest[:6], blocks, *rest[-2:])
+
+    def cpp(self, inputs: list[Tensor] | None = None) -> tuple[Tensor, ...]:
+        """The velocity and the gradients of all inputs."""
+        leaves = [t.detach().requires_grad_() for t in inputs or self.inputs]
+        with ops.use_backend("cpp"):
+            velocity = ops.pixel_decoder(
+                *leaves[:2], self.parameters(leaves), patch_size=self.patch_size
+            )
+            grads = torch.autograd.grad(velocity, leaves, self.grad_velocity)
+        return (velocity.detach(), *grads)
+
+    def expected(self) -> tuple[Tensor, ...]:
+        leaves = [t.double().requires_grad_() for t in self.inputs]
+        velocity = reference.pixel_decoder(*leaves[:2], self.parameters(leaves), self.patch_size)
+        grads = torch.autograd.grad(velocity, leaves, self.grad_velocity.double())
+        return (velocity.detach(), *grads)
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    return ((result.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_agrees_with_the_reference(shape: Shape, dtype: torch.dtype) -> None:
+    case = Case(shape, dtype)
+    tolerance = TOLERANCE[dtype]
+    if dtype != torch.float32 and (shape.channels, shape.blocks) != DECO_XL[:2]:
+        tolerance *= 2.5  # a narrower decoder averages fewer roundings, a deeper one has more
+    for index, (result, expected) in enumerate(zip(case.cpp(), case.expected(), strict=True)):
+        assert result.shape == expected.shape
+        assert result.dtype == (dtype if index < 3 else torch.float32)
+        assert relative_error(result, expected) < tolerance, f"output {index}"
+
+
+def test_long_sums_stay_exact() -> None:
+    """Each weight gradient adds up 131,072 pixels."""
+    case = Case(Shape(16, 1, 32, 2, 8, 8), torch.float32)
+    for result, expected in zip(case.cpp(), case.expected(), strict=True):
+        assert relative_error(result, expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(32, 2, 16, 2, 4, 5), Shape(16, 1, 1, 1, 20, 10)],
+    ids=["chunks of pixels", "chunks of tokens"],
+)
+def test_the_number_of_threads_changes_no_bit(shape: Shape, dtype: torch.dtype) -> None:
+    case = Case(shape, dtype)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(case.cpp())
+    finally:
+        torch.set_num_threads(threads)
+    # The products of the library may differ by the number of threads: those of y are not ours.
+    upsampling = (2, 3)
+    for index, (one, three) in enumerate(zip(*results, strict=True)):
+        if index not in upsampling:
+            torch.testing.assert_close(one, three, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_inputs(dtype: torch.dtype) -> None:
+    case = Case(Shape(16, 1, 4, 2, 3, 4), dtype)
+    expected = case.cpp()
+    strided = [torch.stack([t, torch.full_like(t, torch.nan)], dim=-1)[..., 0] for t in case.inputs]
+    assert not any(t.is_contiguous() for t in strided if t.numel() > 1)
+    case.grad_velocity = case.grad_velocity.mT.contiguous().mT
+    torch.testing.assert_close(case.cpp(strided), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_conditions_that_saturate() -> None:
+    """silu and its derivative have no overflow on the way, for values of ±1000 and beyond."""
+    case = Case(Shape(16, 1, 2, 1, 6, 6), torch.float32)
+    case.inputs[1] = case.inputs[1] * 1000
+    for result, expected in zip(case.cpp(), case.expected(), strict=True):
+        assert relative_error(result, expected) < 1e-4
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_stays_with_its_token(dtype: torch.dtype) -> None:
+    case = Case(Shape(16, 2, 4, 1, 5, 7), dtype)
+    case.inputs[1][0, 9] = torch.nan
+    velocity = case.cpp()[0].isnan()
+    expected = torch.zeros_like(velocity)
+    expected[:, :, 4:8, 8:12] = True
+    assert torch.equal(velocity, expected)
+
+
+def test_gradient_of_x_only_where_asked_for() -> None:
+    case = Case(Shape(16, 1, 4, 1, 3, 3), torch.float32)
+    _, _, *expected = case.cpp()
+    x, *leaves = [t.detach().requires_grad_() for t in case.inputs]
+    with ops.use_backend("cpp"):
+        parameters = case.parameters([x, *leaves])
+        velocity = ops.pixel_decoder(x.detach(), leaves[0], parameters, case.patch_size)
+        result = torch.autograd.grad(velocity, leaves, case.grad_velocity)
+    torch.testing.assert_close(result, tuple(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keeps_nothing_but_y_for_the_backward_pass(dtype: torch.dtype) -> None:
+    shape = Shape(32, 3, 8, 1, 4, 4)
+    case = Case(shape, dtype)
+    leaves = [t.requires_grad_() for t in case.inputs]
+    given = {t.untyped_storage().data_ptr() for t in leaves}
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        ops.use_backend("cpp"),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        velocity = ops.pixel_decoder(*leaves[:2], case.parameters(leaves), case.patch_size)
+    assert velocity.requires_grad
+    pixels = shape.batch * shape.rows * shape.columns * shape.patch_size**2
+    assert sum(kept.values()) == pixels * shape.channels * dtype.itemsize
+
+
+def test_other_widths_go_to_the_reference() -> None:
+    case = Case(Shape(24, 1, 2, 1, 2, 3), torch.float32)
+    for result, expected in zip(case.cpp(), case.expected(), strict=True):
+        assert relative_error(result, expected) < TOLERANCE[torch.float32]
+
+
+def test_an_unknown_instruction_set_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DECO_ISA", "mmx")
+    case = Case(Shape(16, 1, 2, 1, 2, 3), torch.float32)
+    with pytest.raises((UserError, ValueError), match=r"^DECO_ISA: unknown .*'mmx'.*$"):
+        case.cpp()
