@@ -17,7 +17,7 @@ typedef int32_t RowIndex __attribute__((vector_size(4 * kRow)));
 
 // A tile is a row of this many blocks. The last of an image takes the padded blocks too, and so
 // may have one more in each direction: padding reflects into the block before and never further.
-constexpr int kTileBlocks = 16;
+constexpr int kTileBlocks = 32;
 constexpr int kMaxRows = 2 * kBlock;
 constexpr int kStride = (kTileBlocks + 2) * kBlock;  // a multiple of kRow
 
@@ -123,41 +123,59 @@ struct Weights {
   }
 };
 
+DECO_INLINE void to_coefficients(Row (&x)[kBlock]) {
+  dct(x);
+  transpose_blocks(x);
+  dct(x);
+}
+
+DECO_INLINE void from_coefficients(Row (&x)[kBlock]) {
+  inverse_dct(x);
+  transpose_blocks(x);
+  inverse_dct(x);
+}
+
 // Adds table ∘ C² of a group of blocks to `sum`, and puts YCbCrᵀ(DCTᵀ(table ∘ C)) into
-// `gradient` where it is wanted.
+// `gradient` where it is wanted. The colours are mixed after the transform, which is the same and
+// lets each colour pass through the registers once.
 template <bool with_gradient>
 DECO_INLINE void transform(const Plane (&difference)[3], Plane (&gradient)[3], int top, int left,
                            const Weights& weights, Row& sum) {
+  Row x[3][kBlock];
 #pragma GCC unroll 1
-  for (int component = 0; component < 3; ++component) {
-    const float* mix = kYCbCr[component];
-    Row x[kBlock];
+  for (int colour = 0; colour < 3; ++colour) {
 #pragma GCC unroll 8
     for (int i = 0; i < kBlock; ++i) {
-      x[i] = mix[0] * load_row(&difference[0][top + i][left]) +
-             mix[1] * load_row(&difference[1][top + i][left]) +
-             mix[2] * load_row(&difference[2][top + i][left]);
+      x[colour][i] = load_row(&difference[colour][top + i][left]);
     }
-    dct(x);
-    transpose_blocks(x);
-    dct(x);
+    to_coefficients(x[colour]);
+  }
 #pragma GCC unroll 8
-    for (int i = 0; i < kBlock; ++i) {
-      const Row weighted = weights.rows[component][i] * x[i];
-      sum += weighted * x[i];
-      x[i] = weighted;
+  for (int i = 0; i < kBlock; ++i) {
+    Row back[3] = {};
+#pragma GCC unroll 3
+    for (int component = 0; component < 3; ++component) {
+      const float* mix = kYCbCr[component];
+      const Row c = mix[0] * x[0][i] + mix[1] * x[1][i] + mix[2] * x[2][i];
+      const Row weighted = weights.rows[component][i] * c;
+      sum += weighted * c;
+#pragma GCC unroll 3
+      for (int colour = 0; colour < 3; ++colour) {
+        back[colour] += mix[colour] * weighted;
+      }
     }
-    if constexpr (with_gradient) {
-      inverse_dct(x);
-      transpose_blocks(x);
-      inverse_dct(x);
+#pragma GCC unroll 3
+    for (int colour = 0; colour < 3; ++colour) {
+      x[colour][i] = back[colour];
+    }
+  }
+  if constexpr (with_gradient) {
+#pragma GCC unroll 1
+    for (int colour = 0; colour < 3; ++colour) {
+      from_coefficients(x[colour]);
 #pragma GCC unroll 8
       for (int i = 0; i < kBlock; ++i) {
-        for (int colour = 0; colour < 3; ++colour) {
-          float* place = &gradient[colour][top + i][left];
-          const Row before = component == 0 ? Row{} : load_row(place);
-          store_row(place, before + mix[colour] * x[i]);
-        }
+        store_row(&gradient[colour][top + i][left], x[colour][i]);
       }
     }
   }

@@ -18,6 +18,7 @@ tensors are float32 inside, and a gradient has the dtype of what it belongs to.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
@@ -44,6 +45,7 @@ def within_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+@functools.cache
 def _host(op: str, device_type: str) -> ModuleType:
     module = "cpu" if device_type == "cpu" and not INTERPRETED else "gpu"
     return importlib.import_module(f"deco_fast.kernels.{op}.{module}")
@@ -56,8 +58,11 @@ def _define(name: str, schema: str, function: str) -> None:
     for device_type in ("cpu", "cuda"):
 
         def implementation(*arguments: Any, device_type: str = device_type) -> Any:
+            host = getattr(_host(op, device_type), function)
+            if not torch.is_autocast_enabled(device_type):
+                return host(*arguments)
             with torch.autocast(device_type, enabled=False):
-                return getattr(_host(op, device_type), function)(*arguments)
+                return host(*arguments)
 
         torch.library.impl(f"deco_fast::{name}", device_type, implementation)
 
@@ -119,7 +124,7 @@ torch.library.define(
 
 @torch.library.impl("deco_fast::flow_matching_loss_backward", ("cpu", "cuda"))
 def _(grad_total: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    return (gradient * grad_total.to(gradient.dtype)).to(dtype)
+    return (gradient * grad_total).to(dtype)
 
 
 @torch.library.register_fake("deco_fast::flow_matching_loss_backward")
