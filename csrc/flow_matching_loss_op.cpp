@@ -15,7 +15,7 @@ namespace deco {
 namespace {
 
 constexpr const FlowMatchingLossKernel* kKernels[] = DECO_KERNELS(flow_matching_loss);
-constexpr int64_t kTilesPerTask = 8;  // about ten microseconds
+constexpr int64_t kTilesPerTask = 4;  // some ten microseconds
 
 at::Tensor scalar(double value) { return at::scalar_tensor(value, at::kFloat); }
 

@@ -143,13 +143,27 @@ def _loss_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     ctx.dtypes = prediction.dtype, target.dtype
 
 
-def _loss_backward(ctx: Any, grad_total: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _loss_backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
+    for_prediction, for_target = ctx.needs_input_grad[:2]
+    prediction_dtype, target_dtype = ctx.dtypes
+    others = (None, None, None, None)
+    if not for_target and gradient.dtype == prediction_dtype and _is_last_use(grad_total):
+        gradient = gradient.detach()
+        if gradient.is_cpu and grad_total.item() == 1:  # a GPU would have to wait for that
+            return gradient, None, *others
+        return gradient.mul_(grad_total), None, *others
     op = fused_ops.flow_matching_loss_backward
-    wanted = ctx.needs_input_grad[:2]
-    grad_prediction = op(grad_total, gradient, ctx.dtypes[0]) if wanted[0] else None
-    grad_target = op(-grad_total, gradient, ctx.dtypes[1]) if wanted[1] else None
-    return grad_prediction, grad_target, None, None, None, None
+    grad_prediction = op(grad_total, gradient, prediction_dtype) if for_prediction else None
+    grad_target = op(-grad_total, gradient, target_dtype) if for_target else None
+    return grad_prediction, grad_target, *others
+
+
+def _is_last_use(grad: Tensor) -> bool:
+    """Whether what was saved for this backward pass may be overwritten: the graph is freed after
+    it, and nothing records it."""
+    recorded = torch.is_grad_enabled() or type(grad) is not Tensor
+    return not (recorded or torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 torch.library.register_autograd(

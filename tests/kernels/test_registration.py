@@ -251,6 +251,23 @@ class TestAutograd:
         (once,) = torch.autograd.grad(decode(p)(x, condition).sum(), condition)
         torch.testing.assert_close(condition.grad, 2 * once)
 
+    @pytest.mark.parametrize("scale", [1.0, 3.0])
+    def test_a_kept_graph_gives_the_same_again(self, scale: float) -> None:
+        """The loss hands out the gradient that it saved, but only at its last use."""
+        x, target = image(), image().detach()
+        total = scale * lose(x, target)
+        (expected,) = torch.autograd.grad(total, x, retain_graph=True)
+        kept = expected.clone()
+        total.backward(retain_graph=True)
+        assert x.grad is not None
+        x.grad.zero_()
+        (again,) = torch.autograd.grad(total, x, retain_graph=True)
+        (last,) = torch.autograd.grad(total, x)
+        assert torch.equal(expected, kept)
+        assert torch.equal(again, kept)
+        assert torch.equal(last, kept)
+        assert not last.requires_grad
+
     def test_func_grad(self) -> None:
         """By the reference, which alone has the rules for it."""
         p, x, condition = parameters(), image(), tokens()
