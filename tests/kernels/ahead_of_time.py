@@ -67,7 +67,7 @@ def compile_for(specialisation: Specialisation, capability: int) -> Compiled:
         # In the order of the arguments: Triton numbers the compiled function's by it.
         {name: s.types.get(name, "constexpr") for name in names},
         constexprs=s.constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in sorted(divisible)},
     )
     binary = triton.compile(
         source,
