@@ -1,11 +1,44 @@
-"""The products of linear upsampling on a CPU."""
+"""The large products around the pixel decoder on a CPU, by the better of torch's libraries.
+
+In bfloat16 torch uses oneDNN. In float32 it uses MKL, which is as fast on Intel's processors
+and reaches half of oneDNN's speed on AMD's.
+"""
 
 from __future__ import annotations
 
+import functools
+import sys
+from pathlib import Path
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) times the transpose of b (N, K), contiguous (M, N)."""
+    if a.dtype == torch.float32 and _prefers_onednn():
+        return onednn_matmul_nt(a, b)
     return F.linear(a, b)
+
+
+def onednn_matmul_nt(a: Tensor, b: Tensor) -> Tensor:
+    """`matmul_nt` by an operator that is torch's own affair; see `has_onednn`."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return result
+
+
+def has_onednn() -> bool:
+    """Whether this build of torch has oneDNN and its linear operator."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@functools.cache
+def _prefers_onednn() -> bool:
+    """Whether MKL is there for float32 products, and slow: on x86 processors of other makers."""
+    if not (sys.platform == "linux" and torch.backends.mkl.is_available() and has_onednn()):
+        return False
+    try:
+        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False

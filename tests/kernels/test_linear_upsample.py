@@ -1,0 +1,24 @@
+"""The products of the CPU backend: both libraries, in every layout that the decoder gives them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deco_fast.kernels.linear_upsample import cpu
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(64, 6, 24), (5, 7, 3), (1, 1, 1)])
+@pytest.mark.parametrize("transposed", [(False, False), (True, True), (False, True)])
+@pytest.mark.parametrize("library", ["torch", "onednn"])
+def test_product(m: int, n: int, k: int, transposed: tuple[bool, bool], library: str) -> None:
+    if library == "onednn" and not cpu.has_onednn():
+        pytest.skip("this build of torch has no oneDNN")
+    multiply = {"torch": cpu.matmul_nt, "onednn": cpu.onednn_matmul_nt}[library]
+    a, b = (
+        torch.randn(columns, rows).T if turned else torch.randn(rows, columns)
+        for (rows, columns), turned in zip([(m, k), (n, k)], transposed, strict=True)
+    )
+    result = multiply(a, b)
+    assert result.is_contiguous()
+    torch.testing.assert_close(result, (a.double() @ b.double().T).float())
