@@ -54,6 +54,7 @@ _X86_FLAGS = {
     "avx2": _AVX2,
     "avx512": _AVX512,
     "avx512_bf16": [*_AVX512, "-mavx512bf16"],
+    "amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 
 

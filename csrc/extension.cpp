@@ -12,8 +12,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "The C++ side of deco_fast: what this CPU can do, and the kernels for it.";
   module.def(
       "instruction_set", [] { return deco::name(deco::selected_instruction_set()); },
-      "The instruction set that the CPU kernels use: 'baseline', 'avx2', 'avx512' or "
-      "'avx512_bf16'. Raises ValueError if the environment variable DECO_ISA names an unknown "
+      "The instruction set that the CPU kernels use: 'baseline', 'avx2', 'avx512', 'avx512_bf16' "
+      "or 'amx'. Raises ValueError if the environment variable DECO_ISA names an unknown "
       "one or one that this CPU lacks.");
   module.def("flow_matching_loss_forward", &deco::flow_matching_loss_forward,
              py::call_guard<py::gil_scoped_release>(), "See flow_matching_loss_op.h.");

@@ -49,5 +49,8 @@ extern const FlowMatchingLossKernel flow_matching_loss;
 namespace avx512_bf16 {
 extern const FlowMatchingLossKernel flow_matching_loss;
 }
+namespace amx {
+extern const FlowMatchingLossKernel flow_matching_loss;
+}
 
 }  // namespace deco

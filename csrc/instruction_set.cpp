@@ -6,10 +6,16 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace deco {
 namespace {
 
-constexpr std::array<const char*, 4> kNames = {"baseline", "avx2", "avx512", "avx512_bf16"};
+constexpr std::array<const char*, 5> kNames = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
 
 std::string names_up_to(InstructionSet last) {
   std::string list;
@@ -17,6 +23,22 @@ std::string names_up_to(InstructionSet last) {
     list += (i == 0 ? "" : ", ") + std::string(kNames[i]);
   }
   return list;
+}
+
+// Whether this CPU multiplies bfloat16 matrices and the system lets this process use it.
+bool matrix_unit() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & kBFloat16) == 0 ||
+      (edx & kTiles) == 0) {
+    return false;
+  }
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 }  // namespace
@@ -36,8 +58,10 @@ InstructionSet detect_instruction_set() {
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
     return InstructionSet::avx2;
   }
-  return __builtin_cpu_supports("avx512bf16") ? InstructionSet::avx512_bf16
-                                              : InstructionSet::avx512;
+  if (!__builtin_cpu_supports("avx512bf16")) {
+    return InstructionSet::avx512;
+  }
+  return matrix_unit() ? InstructionSet::amx : InstructionSet::avx512_bf16;
 #else
   return InstructionSet::baseline;
 #endif

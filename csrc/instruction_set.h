@@ -6,12 +6,13 @@
 namespace deco {
 
 // Each one includes those before it.
-enum class InstructionSet { baseline, avx2, avx512, avx512_bf16 };
+enum class InstructionSet { baseline, avx2, avx512, avx512_bf16, amx };
 
 // The name that the environment variable DECO_ISA and Python use.
 std::string name(InstructionSet instruction_set);
 
-// The best one that this CPU and its operating system support.
+// The best one that this CPU and its operating system support. Asks the system for the matrix
+// unit (AMX) of the whole process, which it gives out only on demand.
 InstructionSet detect_instruction_set();
 
 // The one that the kernels use: the detected one, or the lower one that DECO_ISA names.
@@ -20,7 +21,8 @@ InstructionSet selected_instruction_set();
 
 // The tables of kernels called `name`, one for each instruction set, in the order of the enum.
 #if defined(__x86_64__)
-#define DECO_KERNELS(name) {&baseline::name, &avx2::name, &avx512::name, &avx512_bf16::name}
+#define DECO_KERNELS(name) \
+  {&baseline::name, &avx2::name, &avx512::name, &avx512_bf16::name, &amx::name}
 #else
 #define DECO_KERNELS(name) {&baseline::name}
 #endif

@@ -102,10 +102,75 @@ struct BFloat16Operand {
 using BFloat16Operand = Float32Operand;
 #endif
 
+#ifdef __AMX_BF16__
+// The matrix unit's registers while this lives: eight of 16 rows of 64 bytes.
+class MatrixUnit {
+ public:
+  MatrixUnit() {
+    struct alignas(kAlignment) {
+      uint8_t palette = 1;
+      uint8_t start_row = 0;
+      uint8_t reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } layout;
+    _tile_loadconfig(&layout);
+  }
+  MatrixUnit(const MatrixUnit&) = delete;
+  MatrixUnit& operator=(const MatrixUnit&) = delete;
+  ~MatrixUnit() { _tile_release(); }
+};
+
+// `product` by blocks of 32 × 32, which are four registers.
+template <int rows, int depth, int columns, class Epilogue>
+DECO_INLINE void matrix_unit_product(const BFloat16* left, const BFloat16* right,
+                                     Epilogue&& epilogue) {
+  alignas(kAlignment) float sums[32 * 32];
+  asm volatile("" ::: "memory");  // the intrinsics do not say that they read memory
+  for (int row = 0; row < rows; row += 32) {
+    for (int column = 0; column < columns; column += 32) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int k = 0; k < depth; k += 32) {
+        const BFloat16* a = left + row * depth + k;
+        const BFloat16* b = right + k * columns + 2 * column;
+        _tile_loadd(4, a, 2 * depth);
+        _tile_loadd(5, a + 16 * depth, 2 * depth);
+        _tile_loadd(6, b, 4 * columns);
+        _tile_loadd(7, b + 32, 4 * columns);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, sums, 128);
+      _tile_stored(1, sums + 16, 128);
+      _tile_stored(2, sums + 16 * 32, 128);
+      _tile_stored(3, sums + 16 * 32 + 16, 128);
+      for (int i = 0; i < 32; ++i) {
+        epilogue(row + i, column / kLanes, load(sums + 32 * i));
+        epilogue(row + i, column / kLanes + 1, load(sums + 32 * i + kLanes));
+      }
+    }
+  }
+}
+#else
+struct MatrixUnit {
+  MatrixUnit() {}  // so that its variable counts as used
+};
+#endif
+
 // out[row] = Σ_k left[row][k] · right[k], handed vector by vector to epilogue(row, v, value).
 template <class Operand, int rows, int depth, int columns, class Epilogue>
 DECO_INLINE void product(const typename Operand::Scalar* left,
                          const typename Operand::Scalar* right, Epilogue&& epilogue) {
+#ifdef __AMX_BF16__
+  if constexpr (Operand::kPack == 2 && rows % 32 == 0 && depth % 32 == 0 && columns % 32 == 0) {
+    return matrix_unit_product<rows, depth, columns>(left, right, epilogue);
+  }
+#endif
   constexpr int vectors = columns / kLanes;
   constexpr int wide = vectors % 2 == 0 ? 2 : 1;
   // As many sums as the registers hold beside the operands: 32 with AVX-512, else 16.
@@ -446,6 +511,7 @@ class Decoder {
     Owned<Buffers> buffers;
     Owned<BlockState> state;
     Buffers& b = *buffers.data;
+    const MatrixUnit unit;
 
     for (int64_t pixel = chunk.pixel_begin; pixel < chunk.pixel_end; ++pixel) {
       const int64_t place = pixel / shape.patch_size * shape.width + pixel % shape.patch_size;
@@ -722,6 +788,7 @@ class Decoder {
     b.rgb_weight.clear();
     b.output_weight.clear();
     b.output_bias.clear();
+    const MatrixUnit unit;
 
     for (int64_t pixel = chunk.pixel_begin; pixel < chunk.pixel_end; ++pixel) {
       const int64_t place = pixel / shape.patch_size * shape.width + pixel % shape.patch_size;

@@ -106,5 +106,8 @@ extern const PixelDecoderKernels pixel_decoder;
 namespace avx512_bf16 {
 extern const PixelDecoderKernels pixel_decoder;
 }
+namespace amx {
+extern const PixelDecoderKernels pixel_decoder;
+}
 
 }  // namespace deco

@@ -260,7 +260,7 @@ def test_the_report_says_what_the_forced_backend_lacks(
 class TestInstructionSet:
     """What the C++ extension detects, against what the kernel of the operating system says."""
 
-    ORDER = ("baseline", "avx2", "avx512", "avx512_bf16")
+    ORDER = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
     @pytest.fixture
     def extension(self) -> object:
@@ -282,6 +282,8 @@ class TestInstructionSet:
             expected = "avx2"
             if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
                 expected = "avx512_bf16" if "avx512_bf16" in flags else "avx512"
+                if {"avx512_bf16", "amx_tile", "amx_bf16"} <= flags:
+                    expected = "amx"
         assert instruction_set() == expected
 
     def test_deco_isa_goes_down_and_never_up(

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     reason=f"the C++ backend is not available: {registry.extension_problem()}",
 )
 
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 WEIGHT = 0.7
 
 # Whole tiles and not, sides under a block, and paddings that reach into the block before.

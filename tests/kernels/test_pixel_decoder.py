@@ -36,7 +36,7 @@ def available(instruction_set: str) -> bool:
             return False
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not available(request.param):
         pytest.skip(f"this CPU has no {request.param}")
