@@ -13,6 +13,9 @@ rows and back. Each program writes its two sums, which one program then adds up 
 atomics, the same bits at every run.
 """
 
+# Kernels are written in Triton's language, whose values have no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
+
 from __future__ import annotations
 
 import itertools
@@ -127,6 +130,22 @@ def _reflect(place, size):
 
 
 @triton.jit
+def _lines(first, stride):
+    lines = ()
+    for i in tl.static_range(8):
+        lines += (first + i * stride,)
+    return lines
+
+
+@triton.jit
+def _reflected_lines(first, y, height, width):
+    lines = ()
+    for i in tl.static_range(8):
+        lines += (first + _reflect(y + i, height).to(tl.int64) * width,)
+    return lines
+
+
+@triton.jit
 def _difference(prediction, target, rows, valid):
     difference = ()
     for i in tl.static_range(8):
@@ -164,16 +183,11 @@ def loss_kernel(
     stride = block_columns * 8
     plane = block_rows.to(tl.int64) * 8 * stride
     place = image * 3 * plane + y.to(tl.int64) * stride + x
-    source_plane = plane
-    source = ()
+    source, source_plane = _lines(place, stride), plane
     if PADDED:
         source_plane = height.to(tl.int64) * width
         first = image * 3 * source_plane + _reflect(x, width)
-        for i in tl.static_range(8):
-            source += (first + _reflect(y + i, height).to(tl.int64) * width,)
-    else:
-        for i in tl.static_range(8):
-            source += (place + i * stride,)
+        source = _reflected_lines(first, y, height, width)
 
     red = _difference(prediction, target, source, valid)
     green = _difference(prediction + source_plane, target + source_plane, source, valid)
