@@ -76,7 +76,9 @@ def fold_blocks(block_parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     channels = block_parameters[0].shape[0]
     matrices, vectors = [], []
     for parameters in _by_block(block_parameters):
-        norm_weight, norm_bias, weight, bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
+        norm_weight, norm_bias, weight, bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = (
+            parameters
+        )
         shift_weight, scale_weight, gate_weight = weight.split(channels)
         shift_bias, scale_bias, gate_bias = bias.split(channels)
         matrices += [
@@ -116,9 +118,7 @@ def fold_blocks_backward(
                     grad_gate,
                 ]
             ),
-            torch.cat(
-                [bias_shift, norm_weight * bias_scale + norm_bias * bias_shift, bias_gate]
-            ),
+            torch.cat([bias_shift, norm_weight * bias_scale + norm_bias * bias_shift, bias_gate]),
             *(grad_fc1, bias_fc1, grad_fc2, bias_fc2),
         ]
     return grads

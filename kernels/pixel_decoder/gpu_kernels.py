@@ -44,6 +44,17 @@ def _sigmoid(x, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
+def _computed_once(x, APPROXIMATE: tl.constexpr):
+    """Half-precision x, which the compiler must not compute again where another layout wants it."""
+    if APPROXIMATE:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+        )
+    else:
+        return x
+
+
+@triton.jit
 def _product(a, b):
     return tl.dot(a, b, input_precision="ieee")
 
@@ -97,21 +108,26 @@ def _load_vectors(vectors, block, C: tl.constexpr):
 
 
 @triton.jit
-def _modulate(h, condition, matrices, vectors):
-    """n, 1/σ, scale, gate and the input z of a block's MLP."""
-    n, rstd = _normalise(h)
-    scale = _product(condition, matrices[0]) + vectors[0]
-    shift = _product(condition, matrices[1]) + vectors[1]
-    gate = _product(condition, matrices[2]) + vectors[2]
-    return n, rstd, scale, gate, (n * scale + shift).to(condition.dtype)
+def _affine(a, matrices, vectors, k: tl.constexpr):
+    return _product(a, matrices[k]) + vectors[k]
+
+
+@triton.jit
+def _modulate(n, condition, matrices, vectors):
+    """The scale, and the input z of a block's MLP."""
+    scale = _affine(condition, matrices, vectors, 0)
+    # One tile less to hold than shift by itself.
+    z = tl.dot(condition, matrices[1], n * scale + vectors[1], input_precision="ieee")
+    return scale, z.to(condition.dtype)
 
 
 @triton.jit
 def _block(h, condition, matrices, vectors, APPROXIMATE: tl.constexpr):
-    _, _, _, gate, z = _modulate(h, condition, matrices, vectors)
-    a = _product(z, matrices[3]) + vectors[3]
+    n, _ = _normalise(h)
+    _, z = _modulate(n, condition, matrices, vectors)
+    a = _affine(z, matrices, vectors, 3)
     u = (a * _sigmoid(a, APPROXIMATE)).to(condition.dtype)
-    return h + gate * (_product(u, matrices[4]) + vectors[4])
+    return h + _affine(u, matrices, vectors, 4) * _affine(condition, matrices, vectors, 2)
 
 
 @triton.jit
@@ -145,20 +161,23 @@ def _embed(x, offset, exists, plane, rgb_vectors, table_tile, C: tl.constexpr):
 
 
 @triton.jit
-def _load_table_tile(table, program, AREA: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
-    pixel = (program * BLOCK + tl.arange(0, BLOCK)) % AREA
+def _load_table_tile(table, tile, AREA: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
+    pixel = (tile * BLOCK + tl.arange(0, BLOCK)) % AREA
     return tl.load(table + pixel[:, None] * C + tl.arange(0, C)[None, :])
 
 
 @triton.jit
 def _condition(y, tile, exists, BLOCK: tl.constexpr, C: tl.constexpr, APPROXIMATE: tl.constexpr):
-    """A tile's silu(y) in the dtype of y, and what silu's derivative is made of, in float32."""
+    """A tile's silu(y) in the dtype of y."""
     tile_start = tile.to(tl.int64) * (BLOCK * C)
     value = tl.load(y + tile_start + _square(BLOCK, C), mask=exists[:, None], other=0)
     value = value.to(tl.float32)
-    sigmoid = _sigmoid(value, APPROXIMATE)
-    silu = value * sigmoid
-    return silu.to(y.dtype.element_ty), silu, sigmoid
+    return (value * _sigmoid(value, APPROXIMATE)).to(y.dtype.element_ty)
+
+
+@triton.jit
+def _silu_derivative(x, sigmoid):
+    return sigmoid * (1 + x * (1 - sigmoid))
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_patches", "patches", "patch_columns"])
@@ -188,24 +207,26 @@ def forward_kernel(
     programs = tl.num_programs(0)
     plane = patches.to(tl.int64) * (P * P)
     color = tl.arange(0, COLORS)
-    table_tile = _load_table_tile(table, program, P * P, BLOCK, C)
     output = tl.load(output_matrix + _square(C, COLORS))
+    # A tile of the position table stays in registers where these are many enough.
+    HOIST_TABLE: tl.constexpr = C < 64 and y.dtype.element_ty != tl.float32
+    if HOIST_TABLE:
+        table_tile = _load_table_tile(table, program, P * P, BLOCK, C)
     output_bias = tl.load(output_vector + color)[None, :]
     hoisted = ()
     if HOIST:
         for block in tl.static_range(NUM_BLOCKS):
-            hoisted = hoisted + (_load_matrices(matrices, block, C),)
+            hoisted = hoisted + (_load_matrices(matrices, block, C),)  # noqa: RUF005 Triton's way
 
     for index in range(0, tl.cdiv(num_tiles - program, programs)):
         tile = program + index * programs
         offset, exists = _place(tile, num_patches, patches, patch_columns, P, BLOCK)
+        if not HOIST_TABLE:
+            table_tile = _load_table_tile(table, tile, P * P, BLOCK, C)
         h = _embed(x, offset, exists, plane, rgb_vectors, table_tile, C)
-        condition, _, _ = _condition(y, tile, exists, BLOCK, C, APPROXIMATE)
+        condition = _condition(y, tile, exists, BLOCK, C, APPROXIMATE)
         for block in tl.static_range(NUM_BLOCKS):
-            if HOIST:
-                block_matrices = hoisted[block]
-            else:
-                block_matrices = _load_matrices(matrices, block, C)
+            block_matrices = hoisted[block] if HOIST else _load_matrices(matrices, block, C)
             h = _block(h, condition, block_matrices, _load_vectors(vectors, block, C), APPROXIMATE)
         n, _ = _normalise(h)
         result = _product(n.to(condition.dtype), output) + output_bias
@@ -285,7 +306,7 @@ def _block_backward(
     plane = patches.to(tl.int64) * (P * P)
     color = tl.arange(0, COLORS)
     dtype: tl.constexpr = y.dtype.element_ty
-    scale_m, shift_m, gate_m, fc1_m, fc2_m = _load_matrices(matrices, block, C)
+    block_matrices = _load_matrices(matrices, block, C)
 
     SUMS: tl.constexpr = 2 * C * C
     own = partial + block * (MATRICES * SUMS)
@@ -304,30 +325,30 @@ def _block_backward(
     for t in range(0, count):
         tile = first + t * programs
         offset, exists = _place(tile, num_patches, patches, patch_columns, P, BLOCK)
-        condition, silu_y, sigmoid_y = _condition(y, tile, exists, BLOCK, C, APPROXIMATE)
+        condition = _condition(y, tile, exists, BLOCK, C, APPROXIMATE)
+        condition = _computed_once(condition, APPROXIMATE)
         tile_square = t * (BLOCK * C) + _square(BLOCK, C)
         if FIRST:
-            table_tile = _load_table_tile(table, tl.program_id(0), P * P, BLOCK, C)
+            table_tile = _load_table_tile(table, tile, P * P, BLOCK, C)
             h = _embed(x, offset, exists, plane, rgb_vectors, table_tile, C)
         else:
             h = tl.load(inputs + (block - 1) * (GROUP * BLOCK * C) + tile_square).to(tl.float32)
         grad = tl.load(grad_h + tile_square)
         block_vectors = _load_vectors(vectors, block, C)
 
-        n, rstd, scale, gate, z = _modulate(
-            h, condition, (scale_m, shift_m, gate_m), block_vectors
-        )
-        a = _product(z, fc1_m) + block_vectors[3]
+        n, rstd = _normalise(h)
+        scale, z = _modulate(n, condition, block_matrices, block_vectors)
+        a = _affine(z, block_matrices, block_vectors, 3)
         sigmoid_a = _sigmoid(a, APPROXIMATE)
-        silu_a = a * sigmoid_a
-        u = silu_a.to(dtype)
-        grad_gate = (grad * (_product(u, fc2_m) + block_vectors[4])).to(dtype)
-        grad_output = (grad * gate).to(dtype)
+        u = _computed_once((a * sigmoid_a).to(dtype), APPROXIMATE)
+        derivative = _silu_derivative(a, sigmoid_a)
+        grad_gate = (grad * _affine(u, block_matrices, block_vectors, 4)).to(dtype)
+        grad_output = (grad * _affine(condition, block_matrices, block_vectors, 2)).to(dtype)
         fc2_sums = _add_outer(fc2_sums, _with_ones(u), grad_output)
-        grad_a = _product(grad_output, tl.trans(fc2_m))
-        grad_a = (grad_a * (sigmoid_a + silu_a * (1 - sigmoid_a))).to(dtype)
+        grad_a = _product(grad_output, tl.trans(block_matrices[4]))
+        grad_a = (grad_a * derivative).to(dtype)
         fc1_sums = _add_outer(fc1_sums, _with_ones(z), grad_a)
-        grad_z = _product(grad_a, tl.trans(fc1_m))
+        grad_z = _product(grad_a, tl.trans(block_matrices[3]))
         grad += _normalise_backward(grad_z * scale, n, rstd)
 
         grad_scale = (grad_z * n).to(dtype)
@@ -337,18 +358,20 @@ def _block_backward(
         shift_sums = _add_outer(shift_sums, condition_ones, grad_shift)
         gate_sums = _add_outer(gate_sums, condition_ones, grad_gate)
 
-        grad_condition = _product(grad_scale, tl.trans(scale_m))
-        grad_condition += _product(grad_shift, tl.trans(shift_m))
-        grad_condition += _product(grad_gate, tl.trans(gate_m))
-        y_place = grad_y + tile.to(tl.int64) * (BLOCK * C) + _square(BLOCK, C)
+        grad_condition = _product(grad_scale, tl.trans(block_matrices[0]))
+        grad_condition += _product(grad_shift, tl.trans(block_matrices[1]))
+        grad_condition += _product(grad_gate, tl.trans(block_matrices[2]))
+        y_square = tile.to(tl.int64) * (BLOCK * C) + _square(BLOCK, C)
         y_exists = exists[:, None]
         if not (FIRST and NUM_BLOCKS == 1):
             # The last block comes first and finds nothing to add to.
-            earlier = tl.load(y_place, mask=y_exists & (block < NUM_BLOCKS - 1), other=0)
+            earlier = tl.load(grad_y + y_square, mask=y_exists & (block < NUM_BLOCKS - 1), other=0)
             grad_condition += earlier.to(tl.float32)
         if FIRST:
-            grad_condition *= sigmoid_y + silu_y * (1 - sigmoid_y)
-        tl.store(y_place, grad_condition.to(dtype), mask=y_exists)
+            # A second load, because the registers cannot hold y, and volatile to remain one.
+            value = tl.load(y + y_square, mask=y_exists, other=0, volatile=True).to(tl.float32)
+            grad_condition *= _silu_derivative(value, _sigmoid(value, APPROXIMATE))
+        tl.store(grad_y + y_square, grad_condition.to(dtype), mask=y_exists)
 
         if FIRST:
             table_sums += grad
@@ -429,9 +452,9 @@ def backward_kernel(
         for t in range(0, count):
             tile = first + t * programs
             offset, exists = _place(tile, num_patches, patches, patch_columns, P, BLOCK)
-            table_tile = _load_table_tile(table, program, P * P, BLOCK, C)
+            table_tile = _load_table_tile(table, tile, P * P, BLOCK, C)
             h = _embed(x, offset, exists, plane, rgb_vectors, table_tile, C)
-            condition, _, _ = _condition(y, tile, exists, BLOCK, C, APPROXIMATE)
+            condition = _condition(y, tile, exists, BLOCK, C, APPROXIMATE)
             tile_square = t * (BLOCK * C) + _square(BLOCK, C)
             for block in tl.static_range(NUM_BLOCKS):
                 if block > 0:
