@@ -51,7 +51,7 @@ _FORWARD_TILES = {
     (32, True): Tile(64, 4, 2),
     (64, True): Tile(64, 4, 1),
     (16, False): Tile(64, 4, 2),
-    (32, False): Tile(32, 8, 2),
+    (32, False): Tile(16, 8, 1),
     (64, False): Tile(16, 8, 1),
 }
 _BACKWARD_TILES = {

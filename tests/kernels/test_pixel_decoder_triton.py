@@ -89,7 +89,8 @@ class Case:
             *last,
         )
         velocity = pixel_decoder(x, tokens, parameters, self.patch_size)
-        return velocity.detach(), list(torch.autograd.grad(velocity, inputs, self.grad_velocity.double()))
+        grads = torch.autograd.grad(velocity, inputs, self.grad_velocity.double())
+        return velocity.detach(), list(grads)
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
