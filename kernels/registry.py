@@ -4,8 +4,8 @@ An op is a folder beside this file. Its implementation for a backend is a functi
 name in a module of that folder, and one entry of `_SOURCES` registers it. All backends of an op
 take the same arguments, those of `deco_fast.ops`.
 
-By default a tensor on CUDA goes to `triton` and one on the CPU to `cpp`, where these implement
-the op, and everything else to `reference`. The environment variable `DECO_BACKEND` or
+By default a tensor on the CPU goes to `cpp`, where that implements the op, and everything else to
+`reference`. The environment variable `DECO_BACKEND` or
 `use_backend` force one backend for all ops; what it lacks is then an error and never a
 silent fallback.
 """
@@ -40,7 +40,9 @@ _SOURCES: Final[dict[tuple[str, str], str]] = {
     ("flow_matching_loss", "cpp"): "deco_fast.kernels.flow_matching_loss.fused",
 }
 
-_PREFERRED: Final = {"cuda": "triton", "cpu": "cpp"}
+# On CUDA it will be "triton" once its tests have passed on a GPU: so far they ran in Triton's
+# interpreter, which computes bfloat16 wrong and cannot show a race. DECO_BACKEND=triton forces it.
+_PREFERRED: Final = {"cpu": "cpp"}
 
 
 def _devices(backend: str) -> tuple[str, ...]:
