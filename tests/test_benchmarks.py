@@ -38,6 +38,7 @@ from benchmarks.work import (
     sampling_work,
     training_work,
 )
+from deco_fast import ops
 from deco_fast.losses import flow_matching_loss, frequency_table
 from deco_fast.models.config import DeCoConfig
 from deco_fast.models.deco import DeCo
@@ -56,7 +57,12 @@ XL = PRESETS["deco-xl"].config
 def counted(function: object) -> int:
     assert callable(function)
     # The fused attention of the CPU is unknown to torch's counter; the plain one is two products.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # Nor can it see into a fused op.
+    with (
+        ops.use_backend("reference"),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
         function()
     return counter.get_total_flops()
 
