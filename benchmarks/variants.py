@@ -1,0 +1,94 @@
+"""What is compared: a backend of the ops, eager or compiled, in a precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.machine import Machine
+from deco_fast import ops
+
+REFERENCE = "reference"
+
+
+class Precision(NamedTuple):
+    """The dtype of weights and inputs, and whether autocast computes in bf16."""
+
+    label: str
+    dtype: torch.dtype = torch.float32
+    autocast: bool = False
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the products run in."""
+        return torch.bfloat16 if self.autocast else self.dtype
+
+
+FLOAT32 = Precision("fp32")
+AUTOCAST = Precision("bf16 autocast", autocast=True)
+BFLOAT16 = Precision("bf16", torch.bfloat16)
+
+BACKENDS_ON = {"cpu": (REFERENCE, "cpp"), "cuda": (REFERENCE, "triton")}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a comparison."""
+
+    backend: str
+    compiled: bool
+    precision: Precision
+
+    @property
+    def name(self) -> str:
+        """For people: backend, way of running, precision."""
+        way = "torch.compile" if self.compiled else "eager"
+        return f"{self.backend}, {way}, {self.precision.label}"
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the fused kernels must beat it."""
+        return self.backend == REFERENCE
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, compiled if this variant is.
+
+        For static shapes, as they are the same at every call: the strongest form of the baseline.
+        """
+        if not self.compiled:
+            return function
+        return torch.compile(function, fullgraph=True, dynamic=False)
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The context that the forward runs in."""
+        if self.precision.autocast:
+            return torch.autocast(device.type, torch.bfloat16)
+        return nullcontext()
+
+
+def variants(
+    machine: Machine, op_names: Sequence[str], precisions: Sequence[Precision], compile_fused: bool
+) -> dict[Variant, str | None]:
+    """All rows of a comparison, with the reason where one cannot be timed here.
+
+    Args:
+        machine: the device, and whether it can compile.
+        op_names: the ops that the task calls; a backend must have all of them.
+        precisions: of the comparison.
+        compile_fused: whether torch.compile has anything to do around a fused op.
+    """
+    table = ops.backends()
+    rows: dict[Variant, str | None] = {}
+    for precision in precisions:
+        for backend in BACKENDS_ON[machine.device.type]:
+            missing = next(
+                (f"{op}: {reason}" for op in op_names if (reason := table[op][backend])), None
+            )
+            rows[Variant(backend, False, precision)] = missing
+            if backend == REFERENCE or compile_fused:
+                rows[Variant(backend, True, precision)] = missing or machine.no_compiler
+    return rows
