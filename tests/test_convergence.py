@@ -8,30 +8,28 @@ rounding has grown, and after that the average.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from deco_fast import ops
 from deco_fast.config import load_config
+from deco_fast.training.batches import Batches, open_dataset
 from deco_fast.training.distributed import Processes
-from deco_fast.training.run_folder import RunFolder
-from deco_fast.training.trainer import Trainer
+from deco_fast.training.step import TrainingStep
 
 STEPS = 300
 
 
-def loss_curve(backend: str, device: str, folder: Path) -> torch.Tensor:
+def loss_curve(backend: str, device: str) -> torch.Tensor:
     """The loss of every step of the digits preset's first 300."""
     config = load_config("deco-digits")
-    trainer = Trainer(config, RunFolder(folder, config), Processes(0, 1, torch.device(device)))
-    batches = trainer._batches()
+    processes = Processes(0, 1, torch.device(device))
+    training = TrainingStep(config, processes)
+    batches = Batches(open_dataset(config), config, processes, start_step=0)
     losses = []
     with ops.use_backend(backend):
-        for _ in range(STEPS):
-            losses.append(trainer._optimizer_step(trainer.model, next(batches))[0])
-            trainer.step += 1
+        for step in range(STEPS):
+            losses.append(training(step, next(batches))["total"])
     return torch.stack(losses).cpu()
 
 
@@ -40,14 +38,12 @@ def loss_curve(backend: str, device: str, folder: Path) -> torch.Tensor:
     ("backend", "device"),
     [("cpp", "cpu"), pytest.param("triton", "cuda", marks=pytest.mark.gpu)],
 )
-def test_a_fused_backend_follows_the_loss_curve_of_the_reference(
-    backend: str, device: str, tmp_path: Path
-) -> None:
+def test_a_fused_backend_follows_the_loss_curve_of_the_reference(backend: str, device: str) -> None:
     reason = ops.backends()["pixel_decoder"][backend]
     if reason is not None:
         pytest.skip(reason)
-    reference = loss_curve("reference", device, tmp_path)
-    fused = loss_curve(backend, device, tmp_path)
+    reference = loss_curve("reference", device)
+    fused = loss_curve(backend, device)
     difference = ((fused - reference) / reference).abs()
     assert difference[:50].max() < 0.01, f"step {int(difference[:50].argmax())}"
     assert reference[-50:].mean() < 0.2 * reference[0]

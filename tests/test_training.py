@@ -20,10 +20,11 @@ from deco_fast.checkpoint import load_checkpoint, load_training_state
 from deco_fast.checkpoint import save as checkpoint_save
 from deco_fast.cli.train import main
 from deco_fast.config import RunConfig, load_config
+from deco_fast.training.batches import Batch, Batches, open_dataset
 from deco_fast.training.distributed import Processes
+from deco_fast.training.draws import Draws, draw_step
 from deco_fast.training.ema import ExponentialMovingAverage
-from deco_fast.training.run_folder import RunFolder
-from deco_fast.training.trainer import Trainer, learning_rate
+from deco_fast.training.step import TrainingStep, learning_rate
 
 ROOT = Path(__file__).parent.parent
 
@@ -119,14 +120,14 @@ def test_a_stopped_run_resumes_bit_identically(
     run(tmp_path / "whole", 7, option)
 
     # SIGTERM arrives during step 3.
-    original = Trainer._optimizer_step
+    original = TrainingStep.__call__
 
-    def stop_at_three(self: Trainer, *arguments: object) -> torch.Tensor:
-        if self.step == 2:
+    def stop_at_three(self: TrainingStep, step: int, batch: Batch) -> dict[str, torch.Tensor]:
+        if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *arguments)  # type: ignore[arg-type]
+        return original(self, step, batch)
 
-    monkeypatch.setattr(Trainer, "_optimizer_step", stop_at_three)
+    monkeypatch.setattr(TrainingStep, "__call__", stop_at_three)
     assert run(tmp_path / "stopped", 7, option) == 128 + signal.SIGTERM
     monkeypatch.undo()
     assert not (tmp_path / "stopped" / "finished").exists()
@@ -149,14 +150,14 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(
 ) -> None:
     options = ("--output.checkpoint_every=2",)
     run(tmp_path / "whole", 5, *options)
-    original = Trainer._optimizer_step
+    original = TrainingStep.__call__
 
-    def die_at_four(self: Trainer, *arguments: object) -> torch.Tensor:
-        if self.step == 3:
+    def die_at_four(self: TrainingStep, step: int, batch: Batch) -> dict[str, torch.Tensor]:
+        if step == 3:
             raise RuntimeError("power cut")
-        return original(self, *arguments)  # type: ignore[arg-type]
+        return original(self, step, batch)
 
-    monkeypatch.setattr(Trainer, "_optimizer_step", die_at_four)
+    monkeypatch.setattr(TrainingStep, "__call__", die_at_four)
     with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path / "killed", 5, *options)
     monkeypatch.undo()
@@ -231,51 +232,21 @@ def test_a_changed_configuration_is_refused_by_name(
     assert run(folder, 2, "--output.log_every=1") == 0
 
 
-def test_gradient_accumulation_is_the_same_step(tmp_path: Path) -> None:
+def test_gradient_accumulation_is_the_same_step() -> None:
     """Two halves of a batch give the gradient of the whole, up to rounding."""
     gradients = []
     for accumulation in (1, 2):
-        config = tiny_config(
-            f"--training.gradient_accumulation={accumulation}", "--flow.null_probability=0"
-        )
-        trainer = Trainer(config, RunFolder(tmp_path, config), Processes(0, 1, torch.device("cpu")))
-        torch.nn.init.normal_(trainer.model.decoder.output.weight)
+        config = tiny_config(f"--training.gradient_accumulation={accumulation}")
+        processes = Processes(0, 1, torch.device("cpu"))
+        training = TrainingStep(config, processes)
+        torch.nn.init.normal_(training.model.decoder.output.weight)
         kept: dict[str, torch.Tensor] = {}
-        trainer.optimizer.register_step_pre_hook(
-            lambda *_, kept=kept, trainer=trainer: kept.update(
-                {
-                    n: p.grad.clone()
-                    for n, p in trainer.model.named_parameters()
-                    if p.grad is not None
-                }
+        training.optimizer.register_step_pre_hook(
+            lambda *_, kept=kept, model=training.model: kept.update(
+                {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
             )
         )
-        # The same times and noise for the whole and for its halves.
-        draws = torch.Generator().manual_seed(1)
-        t, noise = torch.rand(8, generator=draws), torch.randn(8, 3, 32, 32, generator=draws)
-        images, labels = next(trainer._batches())
-        place = iter(range(2))
-
-        def losses(
-            network: torch.nn.Module,
-            x: torch.Tensor,
-            y: torch.Tensor,
-            generator: torch.Generator,
-            t: torch.Tensor = t,
-            noise: torch.Tensor = noise,
-            place: object = place,
-            trainer: Trainer = trainer,
-        ) -> object:
-            from deco_fast.flow import interpolate, velocity
-            from deco_fast.losses import flow_matching_loss
-
-            start = next(place) * len(x)  # type: ignore[call-overload]
-            part = slice(start, start + len(x))
-            prediction = network(interpolate(x, noise[part], t[part]), t[part], y)
-            return flow_matching_loss(prediction, velocity(x, noise[part]), trainer.table, 1.0)
-
-        trainer._losses = losses  # type: ignore[method-assign,assignment]
-        trainer._optimizer_step(trainer.model, (images, labels))
+        training(0, next(Batches(open_dataset(config), config, processes, 0)))
         gradients.append(kept)
     for name, whole in gradients[0].items():
         error = (gradients[1][name] - whole).norm() / whole.norm().clamp(min=1e-12)
@@ -430,3 +401,20 @@ def test_learning_rate_warms_up_and_follows_the_schedule() -> None:
     assert learning_rate(config, 109) == pytest.approx(0.0, abs=1e-3)
     constant = load_config("deco-xl")
     assert {learning_rate(constant, step) for step in (0, 1000, 3_999_999)} == {1e-4}
+
+
+def test_the_draws_of_a_sample_depend_on_its_place_alone() -> None:
+    config = tiny_config()
+    labels = torch.arange(8)
+    device = torch.device("cpu")
+    whole = draw_step(config, 3, range(8), labels, device)
+    parts = [
+        draw_step(config, 3, places, labels[places.start : places.stop], device)
+        for places in (range(3), range(3, 8))
+    ]
+    for name in Draws._fields:
+        assert torch.equal(
+            getattr(whole, name), torch.cat([getattr(part, name) for part in parts])
+        ), name
+    assert not torch.equal(whole.noise[0], whole.noise[1])
+    assert not torch.equal(whole.noise, draw_step(config, 4, range(8), labels, device).noise)
