@@ -1,0 +1,35 @@
+"""Representation alignment (REPA): the DiT's tokens are drawn towards DINOv2's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deco_fast.alignment.projector import AlignedDeCo, alignment_loss
+from deco_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from deco_fast.alignment.dinov2 import DINOv2
+
+__all__ = ["AlignedDeCo", "alignment_loss", "load_encoder"]
+
+
+def load_encoder(path: str, patch_size: int = 16, precision: str = "bf16") -> DINOv2:
+    """The frozen encoder from a weight file.
+
+    Args:
+        path: as for `deco_fast.alignment.weights.load_dinov2`.
+        patch_size, precision: as for `DINOv2`.
+
+    Raises:
+        UserError: there are no such weights, or transformers is not installed.
+    """
+    try:
+        # Imported here, as transformers is optional and takes seconds.
+        from deco_fast.alignment.dinov2 import DINOv2
+        from deco_fast.alignment.weights import load_dinov2
+    except ImportError as error:
+        raise UserError(
+            "REPA needs the package transformers: pip install 'deco-fast[repa]', or train "
+            "without by --repa off"
+        ) from error
+    return DINOv2(load_dinov2(path), patch_size, precision)

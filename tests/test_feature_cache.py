@@ -1,0 +1,130 @@
+"""The features on disk: what is read is what was written, or it is not read."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from deco_fast.alignment.cache import FeatureCache
+from deco_fast.errors import UserError
+
+COUNT, SHAPE = 6, (4, 8)
+SIZE = COUNT * 4 * 8 * 2
+
+
+def cache_in(folder: Path, limit: int = 2**20, **identity: object) -> FeatureCache:
+    return FeatureCache(folder, identity, COUNT, SHAPE, limit)
+
+
+def features(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    cache, written = cache_in(tmp_path), features(3)
+    assert cache.size == SIZE
+    assert cache.read(5) is None and cache.filled == 0
+    cache.write([5, 0, 2], written)
+    for again in (cache, cache_in(tmp_path), pickle.loads(pickle.dumps(cache))):
+        assert again.filled == 3
+        for index, expected in zip([5, 0, 2], written, strict=True):
+            assert torch.equal(again.read(index), expected.half())
+        assert again.read(1) is None
+    assert cache.damaged == 0
+
+
+def test_features_of_zeros_are_there(tmp_path: Path) -> None:
+    cache = cache_in(tmp_path)
+    cache.write([1], torch.zeros(1, *SHAPE))
+    assert torch.equal(cache.read(1), torch.zeros(SHAPE, dtype=torch.float16))
+
+
+def test_another_identity_is_another_cache(tmp_path: Path) -> None:
+    cache_in(tmp_path, encoder="a").write([0], features(1))
+    assert cache_in(tmp_path, encoder="b").read(0) is None
+    assert cache_in(tmp_path, encoder="a").read(0) is not None
+
+
+def test_a_damaged_entry_is_noticed_and_can_be_written_anew(tmp_path: Path) -> None:
+    cache = cache_in(tmp_path)
+    cache.write(range(3), features(3))
+    with (cache.path / "features").open("r+b") as file:
+        file.seek(SIZE // COUNT + 7)
+        file.write(b"\xff")
+    assert cache.read(1) is None
+    assert cache.damaged == 1
+    assert torch.equal(cache.read(2), features(3)[2].half())
+    cache.write([1], features(3)[1:2])
+    assert torch.equal(cache.read(1), features(3)[1].half())
+
+
+def test_a_truncated_file_is_noticed(tmp_path: Path) -> None:
+    cache_in(tmp_path).write(range(COUNT), features(COUNT))
+    with (cache_in(tmp_path).path / "features").open("r+b") as file:
+        file.truncate(SIZE // 2)
+    cache = cache_in(tmp_path)
+    assert [cache.read(index) is not None for index in range(COUNT)] == [True] * 3 + [False] * 3
+    assert cache.damaged == 3
+
+
+def test_a_write_that_broke_off_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk in the middle of an entry: nothing is marked, and training goes on."""
+    cache = cache_in(tmp_path)
+    cache.write([0], features(1))
+    pwrite, written = os.pwrite, []
+
+    def full(file: int, data: bytes, offset: int) -> int:
+        if written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(offset)
+        return pwrite(file, data[:20], offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with caplog.at_level(logging.WARNING):
+        cache.write([3, 4], features(2))
+        cache.write([3, 4], features(2))
+    assert caplog.text.count("No space left on device") == 1
+    monkeypatch.undo()
+    assert cache.read(3) is None and cache.read(0) is not None
+    assert cache.damaged == 0
+
+
+def test_several_processes_fill_one_cache(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from tests.test_feature_cache import *;"
+        "part = int(sys.argv[2]);"
+        "cache = cache_in(Path(sys.argv[1]));"
+        "[cache.write([i], features(COUNT)[i:i + 1]) for i in range(part, COUNT, 2)]"
+    )
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    workers = [subprocess.Popen([*command, part], cwd=root) for part in ("0", "1")]
+    assert [worker.wait(120) for worker in workers] == [0, 0]
+    cache = cache_in(tmp_path)
+    for index, expected in enumerate(features(COUNT)):
+        assert torch.equal(cache.read(index), expected.half())
+
+
+def test_a_cache_beyond_its_bounds_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"more than alignment\.cache_gib .*: raise it"):
+        cache_in(tmp_path, limit=SIZE - 1)
+    assert not list(tmp_path.iterdir())
+    disk = type("usage", (), {"free": 0})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: disk)
+    with pytest.raises(UserError, match=r"where .* GiB are free"):
+        cache_in(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        cache_in(tmp_path / "file")
