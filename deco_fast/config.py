@@ -68,6 +68,21 @@ class LossConfig(_Section):
     gamma: float = Field(1.0, description="exponent of inv_gamma")
 
 
+class AlignmentConfig(_Section):
+    """REPA: the DiT's tokens are drawn towards DINOv2's."""
+
+    enabled: bool = Field(False, description="train with it; --repa on, off or FILE for short")
+    weight: Positive = Field(0.5, description="of the cosine term")
+    layer: Count = Field(8, description="the DiT block, from 1, whose output is aligned")
+    projector_hidden_size: Count | None = Field(None, description="none: the width of the DiT")
+    encoder: str = Field(
+        "hf:facebook/dinov2-base/model.safetensors",
+        description="DINOv2's weights: the original's .pth, a .safetensors, or hf:…",
+    )
+    cache: str | None = Field(None, description="folder that keeps features of images met before")
+    cache_gib: Positive = Field(64, description="the most that it may take, in GiB")
+
+
 class TrainingConfig(_Section):
     """The optimizer's side."""
 
@@ -86,6 +101,9 @@ class TrainingConfig(_Section):
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: autocast, fp32 weights")
     compile: bool = Field(True, description="torch.compile the model")
     seed: Annotated[int, Field(ge=0)] = 0
+    init_from: str | None = Field(
+        None, description="begin with a checkpoint's weights; --init-from for short"
+    )
 
 
 class OutputConfig(_Section):
@@ -106,6 +124,7 @@ class RunConfig(_Section):
     data: DataConfig = Field(default_factory=DataConfig)
     flow: FlowConfig = Field(default_factory=FlowConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
+    alignment: AlignmentConfig = Field(default_factory=AlignmentConfig)
     training: TrainingConfig
     sampling: SamplingSettings = Field(
         default_factory=SamplingSettings, description="how to draw from the trained model"
@@ -135,6 +154,13 @@ class RunConfig(_Section):
             raise ValueError("data.dataset digits is square: set data.height = data.width")
         if self.data.dataset == "folder" and self.model.in_channels != 3:
             raise ValueError("data.dataset folder reads RGB: set model.in_channels to 3")
+        if self.alignment.enabled and self.alignment.layer > self.model.depth:
+            raise ValueError(
+                f"alignment.layer {self.alignment.layer} does not exist: the DiT has "
+                f"{self.model.depth} blocks (model.depth)"
+            )
+        if self.alignment.enabled and self.model.in_channels != 3:
+            raise ValueError("REPA needs RGB: set model.in_channels to 3, or --repa off")
         check_solver(self.sampling.solver, self.sampling.order)
         time_grid(self.sampling.steps, self.sampling.time_shift)
         check_interval(self.sampling.guidance_interval)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -19,26 +20,108 @@ def test_every_shipped_configuration_resolves(path: Path) -> None:
     assert config == load_config(str(path))
 
 
-@pytest.mark.parametrize("name", ["deco-xl", "deco-xl-512", "deco-l", "deco-digits"])
-def test_a_configuration_and_its_preset_agree(name: str) -> None:
-    config, preset = load_config(name), PRESETS[name]
-    assert config.model == preset.config
-    assert config.card() == preset.card
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("c2i_xl_256", "deco-xl"),
+        ("c2i_xl_512", "deco-xl-512"),
+        ("c2i_l_256", "deco-l"),
+        ("deco-digits", "deco-digits"),
+    ],
+)
+def test_a_configuration_and_its_preset_agree(name: str, preset: str) -> None:
+    config, expected = load_config(name), PRESETS[preset]
+    assert config.model == expected.config
+    assert config.card() == dataclasses.replace(expected.card, name=name)
 
 
-def test_published_figures_of_the_paper_configurations() -> None:
-    xl, xl512, large = (load_config(name) for name in ("deco-xl", "deco-xl-512", "deco-l"))
-    for config in (xl, xl512, large):
-        assert config.training.learning_rate == 1e-4
-        assert config.training.betas == (0.9, 0.999)
-        assert config.training.ema_decay == 0.9999
-        assert config.training.gradient_clipping is None
-        assert config.training.batch_size == 256
-        assert config.flow.distribution == "lognorm"
-        assert not config.data.random_flip
-        assert (config.loss.quality, config.loss.mode, config.loss.gamma) == (85, "inv_gamma", 1)
-    assert [c.training.steps for c in (xl, xl512, large)] == [4_000_000, 1_700_000, 200_000]
-    assert [c.flow.null_probability for c in (xl, xl512, large)] == [0.2, 0.2, 0.1]
+# Specification B.14 and what it says of all rows; 8 GPUs × images × backward passes.
+PUBLISHED = {
+    "c2i_l_256": {
+        "model.hidden_size": 1024,
+        "model.num_heads": 16,
+        "model.depth": 22,
+        "data.height": 256,
+        "data.width": 256,
+        "flow.null_probability": 0.1,
+        "training.batch_size": 8 * 32 * 1,
+        "training.gradient_accumulation": 1,
+        "training.steps": 200_000,
+        "training.init_from": None,
+        "sampling.steps": 50,
+        "sampling.guidance_scale": 1.0,
+        "sampling.guidance_interval": (0.0, 1.0),
+    },
+    "c2i_xl_256": {
+        "model.hidden_size": 1152,
+        "model.num_heads": 16,
+        "model.depth": 28,
+        "data.height": 256,
+        "data.width": 256,
+        "flow.null_probability": 0.2,
+        "training.batch_size": 8 * 32 * 1,
+        "training.gradient_accumulation": 1,
+        "training.steps": 4_000_000,
+        "training.init_from": None,
+        "sampling.steps": 100,
+        "sampling.guidance_scale": 3.2,
+        "sampling.guidance_interval": (0.1, 1.0),
+    },
+    "c2i_xl_512": {
+        "model.hidden_size": 1152,
+        "model.num_heads": 16,
+        "model.depth": 28,
+        "data.height": 512,
+        "data.width": 512,
+        "flow.null_probability": 0.2,
+        "training.batch_size": 8 * 16 * 2,
+        "training.gradient_accumulation": 2,
+        # Published: up to 1,700,000, from a run of 320 epochs at 5,000 steps each.
+        "training.steps": 1_700_000 - 320 * 5_000,
+        "training.init_from": "hf:zehongma/DeCo/imagenet256_epoch320.ckpt",
+        "sampling.steps": 100,
+        "sampling.guidance_scale": 5.0,
+        "sampling.guidance_interval": (0.1, 1.0),
+    },
+}
+PUBLISHED_FOR_ALL = {
+    "model.patch_size": 16,
+    "model.decoder_depth": 3,
+    "model.decoder_hidden_size": 32,
+    "model.num_classes": 1000,
+    "model.class_embedding_std": 0.02,
+    "data.random_flip": False,
+    "flow.distribution": "lognorm",
+    "flow.time_shift": 1.0,
+    "flow.timestep_weight": "constant",
+    "loss.frequency_weight": 1.0,
+    "loss.quality": 85,
+    "loss.mode": "inv_gamma",
+    "loss.gamma": 1.0,
+    "alignment.enabled": True,
+    "alignment.weight": 0.5,
+    "alignment.layer": 8,
+    "alignment.projector_hidden_size": None,
+    "training.learning_rate": 1e-4,
+    "training.warmup_steps": 0,
+    "training.schedule": "constant",
+    "training.betas": (0.9, 0.999),
+    "training.weight_decay": 0.0,
+    "training.gradient_clipping": None,
+    "training.ema_decay": 0.9999,
+    "training.precision": "bf16",
+    "sampling.solver": "euler",
+    "sampling.time_shift": 1.0,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_papers_configuration_has_the_published_numbers(name: str) -> None:
+    config = load_config(name, ["--data.root", "imagenet/train"])
+    for key, value in (PUBLISHED[name] | PUBLISHED_FOR_ALL).items():
+        section, leaf = key.split(".")
+        assert getattr(getattr(config, section), leaf) == value, key
+    assert config.data.root == "imagenet/train"
 
 
 def test_resolved_yaml_is_read_back_unchanged(tmp_path: Path) -> None:
@@ -111,6 +194,8 @@ def test_a_number_without_a_dot_in_yaml_is_a_number(tmp_path: Path) -> None:
         (["--training.seed", "-1"], "training.seed"),
         (["--sampling.solver", "hein"], "did you mean 'heun'"),
         (["--sampling.guidance_interval", "[0.9, 0.1]"], "guidance interval"),
+        (["--alignment.enabled", "on", "--alignment.layer", "9"], "alignment.layer 9 .* 4 blocks"),
+        (["--alignment.weight", "0"], "alignment.weight: .*greater than 0"),
         (["--model.preset", "deco-digit"], "unknown preset 'deco-digit'; did you mean"),
     ],
 )
@@ -137,8 +222,8 @@ def test_a_broken_file_is_named(tmp_path: Path, content: str, message: str) -> N
 
 
 def test_an_unknown_configuration_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="did you mean 'deco-xl'"):
-        load_config("decoxl")
+    with pytest.raises(UserError, match="did you mean 'c2i_xl_256'"):
+        load_config("c2i-xl-256")
     with pytest.raises(UserError, match="no such configuration file"):
         load_config("missing.yaml")
 

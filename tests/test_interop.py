@@ -616,6 +616,7 @@ def test_there_and_back(tmp_path: Path) -> None:
         ema=random_state(2),
         card=CARD,
         config=CONFIG,
+        projector={"0.weight": torch.zeros(16, 16)},
         training={"step": 12},
     )
     notes = convert(ours, tmp_path / "p.ckpt")
@@ -625,14 +626,13 @@ def test_there_and_back(tmp_path: Path) -> None:
     theirs = torch.load(tmp_path / "p.ckpt", weights_only=True)
     assert theirs["global_step"] == 12
     expected = published_state(random_state(1), random_state(2))
-    del expected["diffusion_trainer.proj.0.0.weight"]
     assert theirs["state_dict"].keys() == expected.keys()
     assert all(torch.equal(theirs["state_dict"][k], expected[k]) for k in expected)
     # Reading it again, nothing has to be assumed.
     notes = convert(tmp_path / "p.ckpt", tmp_path / "again")
     assert not any("assumed" in note for note in notes)
-    for weights in ("model", "ema"):
-        file = f"{weights}.safetensors"
+    for name in ("model", "ema", "projector"):
+        file = f"{name}.safetensors"
         one, other = load_file(ours / file), load_file(tmp_path / "again" / file)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -645,16 +645,18 @@ def test_a_published_file_to_ours(tmp_path: Path, ckpt: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == [
         "ema.safetensors",
         "model.safetensors",
+        "projector.safetensors",
     ]
     assert_weights(load_checkpoint(tmp_path / "ours"), random_state(2))
     assert_weights(load_checkpoint(tmp_path / "ours", weights="model"), random_state(1))
     text = "\n".join(notes)
-    assert "projector of representation alignment (1 tensors)" in text
+    assert "projector" not in text
     assert "optimizer_states" in text
     assert "assumed: images of 256×256 pixels" in text
     assert read_card(tmp_path / "ours").assumed == read_card(ckpt).assumed
     notes = convert(ckpt, tmp_path / "w.safetensors", weights="model")
     assert any("the 'ema' weights" in note for note in notes)
+    assert "not carried: the projector of representation alignment" in notes
     assert_weights(load_checkpoint(tmp_path / "w.safetensors", "model"), random_state(1))
 
 
@@ -662,7 +664,10 @@ def test_one_network_alone(tmp_path: Path) -> None:
     ckpt = lightning_file(tmp_path / "f.ckpt", published_state(None, random_state(2)))
     notes = convert(ckpt, tmp_path / "ours")
     assert any("not in" in note and "'model'" in note for note in notes)
-    assert [p.name for p in (tmp_path / "ours").iterdir()] == ["ema.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == [
+        "ema.safetensors",
+        "projector.safetensors",
+    ]
     convert(tmp_path / "ours", tmp_path / "g.ckpt")
     assert all(
         name.startswith("ema_denoiser.")

@@ -288,7 +288,7 @@ def test_dry_run_prints_the_cost_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["--dry-run", "--config=deco-l"]) == 0
+    assert main(["--dry-run", "--config=c2i_l_256"]) == 0
     out = capsys.readouterr().out
     assert "426,938,019" in out
     # 2 × (the products' weights × the tokens they meet), attention and decoder included.
@@ -399,7 +399,7 @@ def test_learning_rate_warms_up_and_follows_the_schedule() -> None:
     assert learning_rate(config, 9) == pytest.approx(1.0)
     assert learning_rate(config, 60) == pytest.approx(0.5)
     assert learning_rate(config, 109) == pytest.approx(0.0, abs=1e-3)
-    constant = load_config("deco-xl")
+    constant = load_config("c2i_xl_256")
     assert {learning_rate(constant, step) for step in (0, 1000, 3_999_999)} == {1e-4}
 
 

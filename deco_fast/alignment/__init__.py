@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deco_fast.alignment.projector import AlignedDeCo, alignment_loss
+from deco_fast.alignment.projector import Projector, alignment_loss
 from deco_fast.errors import UserError
 
 if TYPE_CHECKING:
     from deco_fast.alignment.dinov2 import DINOv2
 
-__all__ = ["AlignedDeCo", "alignment_loss", "load_encoder"]
+__all__ = ["Projector", "alignment_loss", "load_encoder"]
 
 
 def load_encoder(path: str, patch_size: int = 16, precision: str = "bf16") -> DINOv2:

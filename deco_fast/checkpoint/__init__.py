@@ -2,9 +2,10 @@
 
 Ours is a folder, as a training writes it, or the weights alone in one file::
 
-    step-00001000/model.safetensors   the weights; config and card in its metadata
-    step-00001000/ema.safetensors     their moving average, which images are drawn with
-    step-00001000/training.pt         optimizer, step, loader and random state
+    step-00001000/model.safetensors      the weights; config and card in its metadata
+    step-00001000/ema.safetensors        their moving average, which images are drawn with
+    step-00001000/projector.safetensors  REPA's projector, where one is trained
+    step-00001000/training.pt            optimizer, step, loader and random state
 """
 
 from deco_fast.checkpoint.atomic import remove_leftovers

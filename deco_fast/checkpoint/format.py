@@ -24,7 +24,9 @@ def weights_file(weights: str) -> str:
     return f"{weights}.safetensors"
 
 
-FOLDER_FILES = (*map(weights_file, WEIGHTS), TRAINING_FILE)
+PROJECTOR_FILE = "projector.safetensors"
+
+FOLDER_FILES = (*map(weights_file, WEIGHTS), PROJECTOR_FILE, TRAINING_FILE)
 """Everything that a checkpoint folder can hold."""
 
 

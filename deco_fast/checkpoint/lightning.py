@@ -80,20 +80,21 @@ def open_published(path: Path, weights: str | None) -> Source:
         is_published=True,
         tensor=lambda name: file.read(by_name[name]),
         name_in_file=name_in_file,
+        projector=lambda: {
+            name.removeprefix(published.PROJECTOR_PREFIX): file.read(tensor)
+            for name, tensor in tensors.items()
+            if name.startswith(published.PROJECTOR_PREFIX)
+        },
     )
 
 
 def _left_out(state: Any, content: Mapping[str, Any]) -> tuple[str, ...]:
     """What a published file holds beside the weights of its networks."""
-    others = [
-        name for name in state if not str(name).startswith(tuple(published.PREFIXES.values()))
-    ]
-    projector = [name for name in others if str(name).startswith(published.PROJECTOR_PREFIX)]
-    unknown = [str(name) for name in others if name not in projector]
+    known = (*published.PREFIXES.values(), published.PROJECTOR_PREFIX)
+    unknown = [str(name) for name in state if not str(name).startswith(known)]
     carried = ("state_dict", "global_step", "pytorch-lightning_version", PUBLISHED_METADATA)
     entries = [str(key) for key in content if key not in carried]
     descriptions = (
-        (projector, f"the projector of representation alignment ({len(projector)} tensors)"),
         (unknown, f"other tensors ({listed(unknown)})"),
         (entries, f"the entries {', '.join(entries)}"),
     )

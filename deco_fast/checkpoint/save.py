@@ -13,6 +13,7 @@ from torch import Tensor
 from deco_fast.checkpoint.atomic import atomic_file, atomic_folder
 from deco_fast.checkpoint.format import (
     FOLDER_FILES,
+    PROJECTOR_FILE,
     TRAINING_FILE,
     WEIGHTS,
     Header,
@@ -32,6 +33,7 @@ def save_checkpoint(
     ema: Network | None = None,
     card: ModelCard,
     training: Mapping[str, Any] | None = None,
+    projector: Mapping[str, Tensor] | None = None,
     config: DeCoConfig | None = None,
 ) -> Path:
     """Write a checkpoint folder: model.safetensors, ema.safetensors, training.pt.
@@ -45,6 +47,7 @@ def save_checkpoint(
         card: what the tensors cannot tell.
         training: optimizer, step, loader and random state: dicts, lists, tuples, strings,
             numbers and tensors, nothing else.
+        projector: tensors of REPA's projector, for a file of their own: projector.safetensors.
         config: the network's shape, where `model` and `ema` are state dicts.
 
     Returns:
@@ -60,6 +63,8 @@ def save_checkpoint(
     if not names:
         raise ValueError("a checkpoint needs the weights of model or ema")
     files = [weights_file(name) for name in names]
+    if projector:
+        files.append(PROJECTOR_FILE)
     if training is not None:
         _check_plain(training, "training")
         files.append(TRAINING_FILE)
@@ -69,7 +74,9 @@ def save_checkpoint(
             network = networks[name]
             assert network is not None
             header = Header(name, _config(network, config), card, tuple(files))
-            _write_tensors(temporary / weights_file(name), network, header)
+            _write_tensors(temporary / weights_file(name), network, header.to_metadata())
+        if projector:
+            _write_tensors(temporary / PROJECTOR_FILE, projector, {})
         if training is not None:
             write_torch(temporary / TRAINING_FILE, training)
     return folder
@@ -106,7 +113,7 @@ def save_weights(
     path = Path(path)
     header = Header(weights, _config(model, config), card)
     with atomic_file(path) as temporary:
-        _write_tensors(temporary, model, header, dtype)
+        _write_tensors(temporary, model, header.to_metadata(), dtype)
     return path
 
 
@@ -134,7 +141,7 @@ def _config(network: Network, config: DeCoConfig | None) -> DeCoConfig:
 
 
 def _write_tensors(
-    path: Path, network: Network, header: Header, dtype: torch.dtype | None = None
+    path: Path, network: Network, metadata: dict[str, str], dtype: torch.dtype | None = None
 ) -> None:
     tensors = network.state_dict() if isinstance(network, DeCo) else network
     converted = {}
@@ -145,7 +152,7 @@ def _write_tensors(
     # safetensors makes files that only their owner can read; keep what the umask says.
     path.touch()
     mode = path.stat().st_mode
-    save_file(converted, path, metadata=header.to_metadata())
+    save_file(converted, path, metadata=metadata)
     path.chmod(mode)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from deco_fast.checkpoint.format import TRAINING_FILE, Header
+from deco_fast.checkpoint.format import PROJECTOR_FILE, TRAINING_FILE, Header
 from deco_fast.errors import UserError
 from deco_fast.models.card import ModelCard
 from deco_fast.models.config import DeCoConfig
@@ -36,6 +38,8 @@ class Source:
         is_published: whether it has the published layout.
         tensor: a tensor by name, on the CPU, memory-mapped, of whatever dtype.
         name_in_file: what the file calls a tensor, for messages.
+        projector: reads the tensors of REPA's projector, which is no part of the network; empty
+            where there is none.
     """
 
     path: Path
@@ -48,6 +52,7 @@ class Source:
     is_published: bool
     tensor: Callable[[str], Tensor]
     name_in_file: Callable[[str], str]
+    projector: Callable[[], dict[str, Tensor]] = dict
 
     def empty_model(self) -> DeCo:
         """A DeCo of this architecture on the meta device, which holds no memory.
@@ -137,7 +142,18 @@ def open_safetensors(path: Path, weights: str | None) -> Source:
         is_published=False,
         tensor=file.get_tensor,
         name_in_file=str,
+        projector=functools.partial(_read_projector, path, header),
     )
+
+
+def _read_projector(path: Path, header: Header) -> dict[str, Tensor]:
+    if PROJECTOR_FILE not in header.files:
+        return {}
+    file = path.parent / PROJECTOR_FILE
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise unreadable(file, error) from error
 
 
 def _training_files(path: Path, header: Header) -> tuple[str, ...]:

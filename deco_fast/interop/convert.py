@@ -78,6 +78,7 @@ def convert(
                 destination,
                 model=tensors.get("model"),
                 ema=tensors.get("ema"),
+                projector=first.projector(),
                 card=first.card,
                 config=first.config,
             )
@@ -100,7 +101,7 @@ def _write_published(path: Path, source: Source, networks: dict[str, dict[str, T
         published.PREFIXES[weights] + published.to_published(name): tensor
         for weights, tensors in networks.items()
         for name, tensor in tensors.items()
-    }
+    } | {published.PROJECTOR_PREFIX + name: tensor for name, tensor in source.projector().items()}
     content = {
         "epoch": 0,
         "global_step": source.card.step or 0,
@@ -116,6 +117,8 @@ def _notes(source: str | Path, destination: Path, networks: list[Source]) -> lis
     first = networks[0]
     notes = [f"assumed: {fact}" for fact in first.card.assumed]
     notes += [f"not carried: {part}" for part in first.left_out]
+    if destination.suffix == ".safetensors" and first.projector():
+        notes.append("not carried: the projector of representation alignment")
     absent = [name for name in WEIGHTS if name not in {network.weights for network in networks}]
     notes += [f"not in {destination}: the '{name}' weights" for name in absent]
     if destination.suffix == ".ckpt":

@@ -14,7 +14,7 @@ from deco_fast.models.config import DeCoConfig
 PREFIXES = {"model": "denoiser.", "ema": "ema_denoiser."}
 """Where a published file keeps the raw and the averaged weights."""
 
-PROJECTOR_PREFIX = "diffusion_trainer."
+PROJECTOR_PREFIX = "diffusion_trainer.proj.0."
 """Where it keeps the projector of representation alignment (REPA)."""
 
 # Ours, theirs; "#" is an index and "*" a name, the same on both sides. Each layer has a weight,
