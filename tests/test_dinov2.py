@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden import relative_error
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from scipy.special import erf
@@ -21,7 +22,6 @@ from deco_fast.alignment import load_encoder
 from deco_fast.alignment.dinov2 import DINOv2, random_dinov2
 from deco_fast.alignment.weights import load_dinov2
 from deco_fast.errors import UserError
-from tests.golden import relative_error
 
 Array = NDArray[np.float64]
 

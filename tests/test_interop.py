@@ -670,7 +670,7 @@ def test_one_network_alone(tmp_path: Path) -> None:
     ]
     convert(tmp_path / "ours", tmp_path / "g.ckpt")
     assert all(
-        name.startswith("ema_denoiser.")
+        name.startswith(("ema_denoiser.", "diffusion_trainer.proj."))
         for name in torch.load(tmp_path / "g.ckpt", weights_only=True)["state_dict"]
     )
     with pytest.raises(UserError, match="holds no 'model' weights"):

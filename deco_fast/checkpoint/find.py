@@ -8,8 +8,10 @@ import re
 import zipfile
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from deco_fast.checkpoint.atomic import PREVIOUS_SUFFIX, previous_or_self
-from deco_fast.checkpoint.format import TRAINING_FILE, WEIGHTS, weights_file
+from deco_fast.checkpoint.format import PROJECTOR_FILE, TRAINING_FILE, WEIGHTS, weights_file
 from deco_fast.checkpoint.source import read_header
 from deco_fast.errors import UserError
 
@@ -41,7 +43,10 @@ def is_complete(folder: Path) -> bool:
     weights = [path for name in WEIGHTS if (path := folder / weights_file(name)).exists()]
     try:
         headers = [read_header(path) for path in weights]
-    except UserError:
+        if (projector := folder / PROJECTOR_FILE).exists():
+            with safe_open(projector, framework="pt"):  # refuses a file that is cut short
+                pass
+    except (UserError, SafetensorError, OSError):
         return False
     listed = {folder / name for header in headers for name in header.files}
     training = folder / TRAINING_FILE

@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, resolve the configuration, train; the exit status."""
     options, overrides = _parser().parse_known_args(argv)
     _check_options(overrides)
-    config = load_config(options.config, overrides)
+    config = load_config(options.config, [*overrides, *_shorthands(options)])
     path = Path(options.out) if options.out else Path("runs") / config.name
     if options.dry_run:
         return _dry_run(config, path)
@@ -72,9 +72,21 @@ def _dry_run(config: RunConfig, path: Path) -> int:
     return 0
 
 
+def _shorthands(options: argparse.Namespace) -> list[str]:
+    """The overrides that --repa and --init-from stand for."""
+    overrides = []
+    if options.init_from is not None:
+        overrides.append(f"--training.init_from={options.init_from}")
+    if options.repa is not None:
+        overrides.append(f"--alignment.enabled={options.repa != 'off'}")
+        if options.repa not in ("on", "off"):
+            overrides.append(f"--alignment.encoder={options.repa}")
+    return overrides
+
+
 def _check_options(overrides: list[str]) -> None:
     """Refuse what is neither an option nor a key of the configuration, such as --dryrun."""
-    options = ["--config", "--out", "--device", "--dry-run", "--help"]
+    options = ["--config", "--out", "--device", "--init-from", "--repa", "--dry-run", "--help"]
     for word in overrides:
         option = word.partition("=")[0]
         if option.startswith("--") and "." not in option and option != "--name":
@@ -100,6 +112,16 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--out", metavar="FOLDER", help="the run folder (default: runs/NAME)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument(
+        "--repa",
+        metavar="on|off|FILE",
+        help="align the DiT with DINOv2, whose weights are FILE (default: as configured)",
+    )
+    parser.add_argument(
+        "--init-from",
+        metavar="PATH",
+        help="begin with the weights of a checkpoint, ours or published, with a fresh optimizer",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from deco_fast.alignment import Projector, alignment_loss
 from deco_fast.config import RunConfig
 from deco_fast.flow import interpolate, timestep_weight, velocity
 from deco_fast.losses import flow_matching_loss, frequency_table
@@ -19,20 +20,31 @@ class Objective(nn.Module):
     Args:
         model: the network to train.
         config: the run.
+        feature_size: channels of the frozen encoder's features, where the run has REPA.
+
+    Attributes:
+        projector: what REPA trains beside the network; None without it.
     """
 
     table: Tensor
 
-    def __init__(self, model: DeCo, config: RunConfig) -> None:
+    def __init__(self, model: DeCo, config: RunConfig, feature_size: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.config = config
+        self.projector: Projector | None = None
+        if feature_size is not None:
+            width = config.model.hidden_size
+            hidden_size = config.alignment.projector_hidden_size or width
+            self.projector = Projector(width, hidden_size, feature_size)
         loss = config.loss
         self.register_buffer(
             "table", frequency_table(loss.quality, loss.mode, loss.gamma), persistent=False
         )
 
-    def forward(self, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, x: Tensor, y: Tensor, t: Tensor, noise: Tensor, features: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The network in the run's precision, everything else in float32.
 
         Args:
@@ -40,13 +52,21 @@ class Objective(nn.Module):
             y: labels (B,), the null class where dropped.
             t: times (B,) in [0, 1].
             noise: (B, C, H, W), standard normal.
+            features: (B, N, feature_size) of the images, from the frozen encoder, for REPA.
 
         Returns:
             Scalars: "total", which is differentiable, then detached its terms.
         """
         bf16 = self.config.training.precision == "bf16"
+        noisy = interpolate(x, noise, t)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            prediction = self.model(interpolate(x, noise, t), t, y)
+            if self.projector is None:
+                prediction = self.model(noisy, t, y)
+            else:
+                layer = self.config.alignment.layer
+                tokens, (hidden,) = self.model.encode(noisy, t, y, return_layers=(layer,))
+                prediction = self.model.decode(noisy, tokens)
+                projected = self.projector(hidden)
         name = self.config.flow.timestep_weight
         total, flow_matching, frequency = flow_matching_loss(
             prediction,
@@ -55,4 +75,10 @@ class Objective(nn.Module):
             self.config.loss.frequency_weight,
             None if name == "constant" else timestep_weight(name, t),
         )
-        return {"total": total, "flow_matching": flow_matching, "frequency": frequency}
+        losses = {"total": total, "flow_matching": flow_matching, "frequency": frequency}
+        if self.projector is not None:
+            assert features is not None, "REPA needs the encoder's features"
+            alignment = alignment_loss(projected, features)
+            losses["total"] = total + self.config.alignment.weight * alignment
+            losses["alignment"] = alignment.detach()
+        return losses

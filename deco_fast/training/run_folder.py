@@ -19,7 +19,7 @@ from deco_fast.config import RunConfig
 from deco_fast.errors import UserError
 
 # What may differ between the start of a run and its resumption without changing its weights.
-_FREE = ("output.", "data.root", "data.workers")
+_FREE = ("output.", "data.root", "data.workers", "alignment.encoder", "alignment.cache")
 
 
 class RunFolder:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from deco_fast.checkpoint import load_training_state, load_weights, save_checkpoint
+from deco_fast.checkpoint.load import open_checkpoint
 from deco_fast.training.run_folder import RunFolder
 from deco_fast.training.step import TrainingStep
 
@@ -24,11 +25,13 @@ def save(training: TrainingStep, folder: RunFolder, step: int, loader: dict[str,
         UserError: it cannot be written.
     """
     if training.processes.is_main:
+        projector = training.objective.projector
         save_checkpoint(
             folder.checkpoint(step),
             model=training.model,
             ema=training.ema.model,
             card=training.config.card(step),
+            projector=None if projector is None else projector.state_dict(),
             training={
                 "step": step,
                 "optimizer": training.optimizer.state_dict(),
@@ -55,6 +58,8 @@ def resume(training: TrainingStep, folder: RunFolder) -> dict[str, Any] | None:
         return None
     load_weights(checkpoint / "model.safetensors", training.model)
     load_weights(checkpoint / "ema.safetensors", training.ema.model)
+    if training.objective.projector is not None:
+        training.objective.projector.load_state_dict(open_checkpoint(checkpoint).projector())
     state = load_training_state(checkpoint)
     training.optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["random"]["torch"])

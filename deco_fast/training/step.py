@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from deco_fast.training.draws import draw_step
 from deco_fast.training.ema import ExponentialMovingAverage
 from deco_fast.training.objective import Objective
 
+if TYPE_CHECKING:
+    from deco_fast.alignment.dinov2 import DINOv2
+
 
 class TrainingStep:
     """All that a step changes, and how.
@@ -26,6 +29,7 @@ class TrainingStep:
     Args:
         config: the run.
         processes: this process among those of the run.
+        encoder: the frozen encoder of a run with REPA, from `open_encoder`.
 
     Attributes:
         model: the network.
@@ -37,14 +41,18 @@ class TrainingStep:
         UserError: the batch cannot be shared evenly.
     """
 
-    def __init__(self, config: RunConfig, processes: Processes) -> None:
+    def __init__(
+        self, config: RunConfig, processes: Processes, encoder: DINOv2 | None = None
+    ) -> None:
         training = config.training
         self.config, self.processes = config, processes
         self.device = processes.device
         self.micro_batch_size = _micro_batch_size(config, processes)
         torch.manual_seed(training.seed)
         self.model = DeCo(config.model, config.card()).to(self.device)
-        self.objective = Objective(self.model, config).to(self.device)
+        self.encoder = encoder
+        feature_size = None if encoder is None else encoder.feature_size
+        self.objective = Objective(self.model, config, feature_size).to(self.device)
         self.ema = ExponentialMovingAverage(self.model, training.ema_decay)
         self.optimizer = torch.optim.AdamW(
             self.objective.parameters(),
@@ -64,6 +72,8 @@ class TrainingStep:
             )
         if self.config.training.compile:
             self.network.compile()
+            if self.encoder is not None:
+                self.encoder.compile()
 
     def __call__(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """Make a step.
@@ -103,7 +113,8 @@ class TrainingStep:
         first = self.processes.rank * len(batch.labels) + own.start
         places = range(first, first + len(labels))
         y, t, noise = draw_step(self.config, step, places, labels, self.device)
-        losses: dict[str, Tensor] = self.network(x, y, t, noise)
+        features = None if self.encoder is None else self.encoder(x)
+        losses: dict[str, Tensor] = self.network(x, y, t, noise, features)
         return losses
 
     def _no_sync(self, unless: bool) -> AbstractContextManager[Any]:

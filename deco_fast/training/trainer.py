@@ -7,10 +7,12 @@ anywhere goes on exactly as if it had not.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from deco_fast.alignment import load_encoder
 from deco_fast.config import RunConfig
 from deco_fast.data.folder import FolderDataset
 from deco_fast.errors import UserError
@@ -23,6 +25,9 @@ from deco_fast.training.interrupt import Interrupt, catch_interrupt
 from deco_fast.training.monitor import Monitor
 from deco_fast.training.run_folder import RunFolder
 from deco_fast.training.step import TrainingStep
+
+if TYPE_CHECKING:
+    from deco_fast.alignment.dinov2 import DINOv2
 
 
 class Trainer:
@@ -45,7 +50,7 @@ class Trainer:
         self.config, self.folder, self.processes = config, folder, processes
         self.step = 0
         self.dataset = open_dataset(config)
-        self.training = TrainingStep(config, processes)
+        self.training = TrainingStep(config, processes, _open_encoder(config, processes.device))
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint of the folder; False where there is none."""
@@ -129,3 +134,13 @@ class Trainer:
     def _report_unreadable(self) -> None:
         if isinstance(self.dataset, FolderDataset) and (files := self.dataset.unreadable()):
             print(f"{len(files)} unreadable images were skipped, {files[0]} first")
+
+
+def _open_encoder(config: RunConfig, device: torch.device) -> DINOv2 | None:
+    """The frozen encoder of a run with REPA."""
+    if not config.alignment.enabled:
+        return None
+    encoder = load_encoder(
+        config.alignment.encoder, config.model.patch_size, config.training.precision
+    )
+    return encoder.to(device)
