@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(config: RunConfig, path: Path, processes: Processes) -> int:
     # Imported here, so that --help and --dry-run do not wait for it.
+    from deco_fast.training.initial import open_initial_weights
     from deco_fast.training.trainer import Trainer
 
     def say(line: str) -> None:
@@ -38,6 +39,10 @@ def _train(config: RunConfig, path: Path, processes: Processes) -> int:
             print(line, flush=True)
 
     folder = RunFolder(path, config)
+    initial = None
+    if config.training.init_from is not None and folder.newest_checkpoint() is None:
+        # Before the folder holds this configuration: a wrong name may be corrected.
+        initial = open_initial_weights(config.training.init_from, config.model)
     if processes.is_main:
         folder.open()
     processes.barrier()
@@ -50,6 +55,8 @@ def _train(config: RunConfig, path: Path, processes: Processes) -> int:
         say(f"resuming {path} at step {trainer.step:,} of {config.training.steps:,}")
     else:
         say(f"training {config.name} in {path} for {config.training.steps:,} steps")
+        if initial is not None:
+            say(initial.load(trainer.training))
     say(
         f"{len(trainer.dataset):,} images, {config.training.batch_size} a step, "
         f"{processes.world_size} × {processes.device}, {config.training.precision}"

@@ -1,0 +1,108 @@
+"""A run that begins with the weights of another: --init-from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from deco_fast.checkpoint.format import WEIGHTS
+from deco_fast.checkpoint.load import open_checkpoint
+from deco_fast.checkpoint.source import MissingWeightsError, Source
+from deco_fast.errors import UserError
+from deco_fast.models.config import DeCoConfig
+from deco_fast.models.deco import DeCo
+from deco_fast.training.step import TrainingStep
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """A checkpoint that fits the network, opened and not yet read.
+
+    Attributes:
+        path: as the user named it.
+        model, ema: its weights and their average; the same where it holds one of them.
+    """
+
+    path: str
+    model: Source
+    ema: Source
+
+    def load(self, training: TrainingStep) -> str:
+        """Overwrite the weights, their average and REPA's projector; a sentence on that.
+
+        The image size may differ: nothing in DeCo depends on it. A projector of another shape, or
+        none, leaves the new one as it is.
+
+        Raises:
+            UserError: a tensor is damaged.
+        """
+        _overwrite(training.model, self.model)
+        _overwrite(training.ema.model, self.ema)
+        found = "weights and average"
+        if self.model is self.ema:
+            found = f"'{self.ema.weights}' weights, which begin the average as well"
+        step = self.ema.card.step
+        at = "" if step is None else f" of step {step:,}"
+        return f"beginning with {self.path}: {found}{at}{self._load_projector(training)}"
+
+    def _load_projector(self, training: TrainingStep) -> str:
+        projector = training.objective.projector
+        if projector is None:
+            return ""
+        tensors = self.ema.projector()
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if shapes != {name: tensor.shape for name, tensor in projector.state_dict().items()}:
+            return "; the projector of REPA begins anew"
+        projector.load_state_dict(tensors)
+        return ", projector"
+
+
+def open_initial_weights(path: str | Path, config: DeCoConfig) -> InitialWeights:
+    """Open a checkpoint to begin a run with.
+
+    Args:
+        path: as for `deco_fast.load_checkpoint`: ours or a published one.
+        config: the network of the run.
+
+    Raises:
+        UserError: it cannot be read, or is of a network with other tensors; the first is named.
+    """
+    sources = {}
+    for weights in WEIGHTS:
+        try:
+            sources[weights] = open_checkpoint(path, weights)
+        except MissingWeightsError:
+            continue
+    model = sources.get("model", sources.get("ema"))
+    ema = sources.get("ema", model)
+    assert model is not None and ema is not None, "open_checkpoint refuses what holds neither"
+    with torch.device("meta"):
+        expected = {name: tuple(t.shape) for name, t in DeCo(config).state_dict().items()}
+    for source in {id(source): source for source in (model, ema)}.values():
+        _compare(source, expected)
+    return InitialWeights(str(path), model, ema)
+
+
+def _compare(source: Source, expected: dict[str, tuple[int, ...]]) -> None:
+    remedy = "name a checkpoint of this network, or set the model's keys to those of the checkpoint"
+    for name, shape in expected.items():
+        if name not in source.shapes:
+            raise UserError(f"--init-from {source.path} has no {name} {shape}: {remedy}")
+        if source.shapes[name] != shape:
+            raise UserError(
+                f"--init-from {source.path} has {source.name_in_file(name)} of shape "
+                f"{source.shapes[name]}, and the network needs {shape}: {remedy}"
+            )
+    surplus = [*source.extra, *(name for name in source.shapes if name not in expected)]
+    if surplus:
+        raise UserError(
+            f"--init-from {source.path} has {surplus[0]}, which the network lacks: {remedy}"
+        )
+
+
+@torch.no_grad()
+def _overwrite(model: DeCo, source: Source) -> None:
+    for name, parameter in model.state_dict().items():
+        parameter.copy_(source.read(name))
