@@ -36,14 +36,26 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """Images and labels."""
 
-    dataset: Literal["digits", "folder"] = Field(
-        "folder", description="digits: scikit-learn's, no download; folder: class folders"
+    dataset: Literal["digits", "folder", "shards"] = Field(
+        "folder",
+        description="digits: scikit-learn's, no download; folder: class folders; shards: tar files",
     )
-    root: str | None = Field(None, description="folder of class folders, for dataset folder")
+    root: str | list[str] | None = Field(
+        None,
+        description="folder of class folders; for shards a folder of .tar files, a pattern such as "
+        "train-{000000..000146}.tar, or a list of these",
+    )
     height: Count = Field(256, description="pixels")
     width: Count = Field(256, description="pixels")
     random_flip: bool = Field(False, description="mirror half of the images; off in the paper")
+    max_damaged_share: Probability = Field(
+        0.01, description="of the images; with more damaged ones the run stops"
+    )
+    index_folder: str | None = Field(
+        None, description="keeps the shards' index; None: .deco-index beside them"
+    )
     workers: Annotated[int, Field(ge=0)] = Field(4, description="loader processes per rank")
+    prefetch: Count = Field(4, description="batches that each of them reads ahead")
 
 
 class FlowConfig(_Section):
@@ -152,8 +164,6 @@ class RunConfig(_Section):
             raise ValueError("data.dataset digits has 10 classes: set model.num_classes to 10")
         if self.data.dataset == "digits" and self.data.height != self.data.width:
             raise ValueError("data.dataset digits is square: set data.height = data.width")
-        if self.data.dataset == "folder" and self.model.in_channels != 3:
-            raise ValueError("data.dataset folder reads RGB: set model.in_channels to 3")
         if self.alignment.enabled and self.alignment.layer > self.model.depth:
             raise ValueError(
                 f"alignment.layer {self.alignment.layer} does not exist: the DiT has "
@@ -161,6 +171,12 @@ class RunConfig(_Section):
             )
         if self.alignment.enabled and self.model.in_channels != 3:
             raise ValueError("REPA needs RGB: set model.in_channels to 3, or --repa off")
+        if self.data.dataset != "digits" and self.model.in_channels != 3:
+            raise ValueError(
+                f"data.dataset {self.data.dataset} reads RGB: set model.in_channels to 3"
+            )
+        if self.data.dataset == "folder" and isinstance(self.data.root, list):
+            raise ValueError("data.dataset folder has one data.root: name one folder")
         check_solver(self.sampling.solver, self.sampling.order)
         time_grid(self.sampling.steps, self.sampling.time_shift)
         check_interval(self.sampling.guidance_interval)

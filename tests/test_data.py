@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from deco_fast.data import DigitsDataset, EpochBatches, FolderDataset
-from deco_fast.data.transforms import centre_crop, to_rgb, to_tensor
-from deco_fast.errors import UserError
+from deco_fast.data import DigitsDataset, EpochBatches
+from deco_fast.data.transforms import centre_crop, normalise, to_pixels, to_rgb
 
 # --- digits ---------------------------------------------------------------------------------
 
@@ -235,146 +232,15 @@ def test_floating_point_pixels_are_refused() -> None:
         to_rgb(Image.new("F", (4, 4)))
 
 
-def test_to_tensor_scales_to_minus_one_and_one() -> None:
-    pixels = np.array([[[0, 51, 255]], [[255, 0, 102]]], dtype=np.uint8)
+def test_pixels_are_scaled_to_minus_one_and_one() -> None:
+    image = np.array([[[0, 51, 255]], [[255, 0, 102]]], dtype=np.uint8)
+    pixels = to_pixels(Image.fromarray(image))
+    assert pixels.dtype == torch.uint8 and pixels.is_contiguous()
     expected = torch.tensor([[[-1.0], [1.0]], [[-0.6], [-1.0]], [[1.0], [-0.2]]])
-    torch.testing.assert_close(to_tensor(Image.fromarray(pixels)), expected)
+    torch.testing.assert_close(normalise(pixels), expected)
 
 
-# --- folder ---------------------------------------------------------------------------------
-
-
-def save(path: Path, shade: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (20, 20), (shade, shade, shade)).save(path)
-
-
-def shade_of(image: Tensor) -> int:
-    return round(float((image.mean() + 1) * 127.5))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Three classes; the shade of an image is its place in the dataset times ten."""
-    for place, name in enumerate(
-        ["ant/1.png", "ant/2.JPEG", "ant/sub/0.png", "bee/x.jpg", "bee/y.webp", "cat/only.bmp"]
-    ):
-        save(tmp_path / name, 10 * place)
-    save(tmp_path / "ant/.hidden.png", 255)
-    save(tmp_path / ".cache/1.png", 255)
-    save(tmp_path / "cat/.thumbnails/1.png", 255)
-    save(tmp_path / "stray.png", 255)
-    (tmp_path / "bee/notes.txt").write_text("no image")
-    return tmp_path
-
-
-def test_folder_classes_and_images(folder: Path) -> None:
-    dataset = FolderDataset(folder, 16, 16)
-    assert dataset.classes == ["ant", "bee", "cat"] and dataset.num_classes == 3
-    assert len(dataset) == 6
-    samples = [dataset[index] for index in range(6)]
-    assert [label for _, label in samples] == [0, 0, 0, 1, 1, 2]
-    np.testing.assert_allclose([shade_of(image) for image, _ in samples], range(0, 60, 10), atol=2)
-    assert all(image.shape == (3, 16, 16) for image, _ in samples)
-    assert dataset.path(2) == folder / "ant/sub/0.png"
-    with pytest.raises(IndexError):
-        dataset[6]
-
-
-def test_folder_crops_to_shape(folder: Path) -> None:
-    gradient(90, 60).save(folder / "ant/0.png")
-    image, _ = FolderDataset(folder, 16, 32)[0]
-    assert torch.equal(image, to_tensor(centre_crop(gradient(90, 60), 16, 32)))
-
-
-def test_folder_flip_doubles_the_samples(folder: Path) -> None:
-    gradient(40, 40).save(folder / "bee/x.jpg")
-    plain = FolderDataset(folder, 16, 16)
-    dataset = FolderDataset(folder, 16, 16, random_flip=True)
-    assert len(dataset) == 2 * len(plain)
-    for index in range(len(plain)):
-        image, label = plain[index]
-        assert torch.equal(dataset[index][0], image) and dataset[index][1] == label
-        mirrored, mirrored_label = dataset[index + len(plain)]
-        assert torch.equal(mirrored, image.flip(-1)) and mirrored_label == label
-    assert not torch.equal(plain[3][0], plain[3][0].flip(-1))
-
-
-def damage(folder: Path) -> list[Path]:
-    whole = (folder / "bee/x.jpg").read_bytes()
-    (folder / "bee/x.jpg").write_bytes(whole[: len(whole) // 2])
-    (folder / "bee/y.webp").write_text("<html>not found</html>")
-    (folder / "cat/only.bmp").write_bytes(b"")
-    return [folder / "bee/x.jpg", folder / "bee/y.webp", folder / "cat/only.bmp"]
-
-
-def test_folder_skips_and_names_unreadable_images(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    damaged = damage(folder)
-    dataset = FolderDataset(folder, 16, 16, random_flip=True)
-    assert dataset.unreadable() == []
-    for _ in range(2):
-        for index in (3, 4, 5, 9):  # past the last image it goes on with the first
-            image, label = dataset[index]
-            assert shade_of(image) == 0 and label == 0
-        assert dataset.unreadable() == damaged
-    assert [record.getMessage().split(": ")[0] for record in caplog.records] == [
-        f"skipped unreadable image {path}" for path in damaged
-    ]
-
-
-def test_folder_counts_what_its_workers_skip(folder: Path) -> None:
-    damaged = damage(folder)
-    dataset = FolderDataset(folder, 16, 16)
-    order = EpochBatches(len(dataset), 3, seed=0)
-
-    def first_epoch(num_workers: int) -> list[Tensor]:
-        loader = DataLoader(dataset, batch_sampler=order, num_workers=num_workers)
-        return [images for images, _ in itertools.islice(loader, 2)]
-
-    with_workers = first_epoch(2)
-    assert dataset.unreadable() == damaged
-    torch.testing.assert_close(with_workers, first_epoch(0), rtol=0, atol=0)
-
-
-def test_folder_names_the_first_ten_only(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for number in range(12):
-        (folder / f"bee/broken{number}.png").write_bytes(b"")
-    dataset = FolderDataset(folder, 16, 16)
-    for index in range(len(dataset)):
-        dataset[index]
-    assert len(dataset.unreadable()) == 12
-    assert len(caplog.records) == 11
-    assert "further" in caplog.records[-1].getMessage()
-
-
-def test_folder_stops_when_nothing_can_be_read(tmp_path: Path) -> None:
-    (tmp_path / "ant").mkdir()
-    for number in range(3):
-        (tmp_path / f"ant/{number}.png").write_bytes(b"")
-    dataset = FolderDataset(tmp_path, 16, 16)
-    with pytest.raises(UserError, match=r"3 image.* check"):
-        dataset[1]
-
-
-def test_folder_refuses_what_is_no_image_folder(folder: Path) -> None:
-    def error(root: Path) -> str:
-        with pytest.raises(UserError) as caught:
-            FolderDataset(root, 16, 16)
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
-
-    missing = folder / "missing"
-    assert str(missing) in error(missing) and "does not exist" in error(missing)
-    assert "no folder" in error(folder / "stray.png")
-    empty = folder / "empty"
-    empty.mkdir()
-    assert str(empty) in error(empty) and "no class folders" in error(empty)
-    message = error(folder)  # `empty` is now one of its class folders
-    assert str(empty) in message and "has no images" in message and "put images" in message
-
-
-def test_folder_refuses_an_empty_size(folder: Path) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        FolderDataset(folder, 0, 16)
+@pytest.mark.gpu
+def test_pixels_are_scaled_to_the_same_bits_on_a_gpu() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(normalise(pixels.cuda()).cpu(), normalise(pixels))

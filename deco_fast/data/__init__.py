@@ -1,7 +1,17 @@
 """Training data: the datasets, their transforms, and the order in which samples are drawn."""
 
 from deco_fast.data.digits import DigitsDataset
-from deco_fast.data.folder import FolderDataset
+from deco_fast.data.folder import FolderImages
+from deco_fast.data.images import ImageDataset
+from deco_fast.data.loader import BatchLoader
 from deco_fast.data.order import EpochBatches
+from deco_fast.data.shards import ShardImages
 
-__all__ = ["DigitsDataset", "EpochBatches", "FolderDataset"]
+__all__ = [
+    "BatchLoader",
+    "DigitsDataset",
+    "EpochBatches",
+    "FolderImages",
+    "ImageDataset",
+    "ShardImages",
+]

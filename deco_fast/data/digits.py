@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Literal
 
 import torch
@@ -37,6 +38,7 @@ class DigitsDataset(Dataset[tuple[Tensor, int]]):
         images: (N, 3, size, size) float32 in [-1, 1].
         labels: (N,) int64, 0 to 9.
         classes: the names of the ten classes.
+        damage: None; nothing is read from a disk.
 
     Raises:
         ValueError: for another split or a size under 8.
@@ -44,6 +46,7 @@ class DigitsDataset(Dataset[tuple[Tensor, int]]):
 
     classes = tuple(str(digit) for digit in range(10))
     num_classes = len(classes)
+    damage = None
 
     def __init__(self, split: DigitsSplit = "train", size: int = 32) -> None:
         if split not in ("train", "test"):
@@ -62,6 +65,11 @@ class DigitsDataset(Dataset[tuple[Tensor, int]]):
         large = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
         self.images = (large * (2 / _DARKEST_INK) - 1).repeat(1, 3, 1, 1)
         self.labels = torch.from_numpy(labels).long()[chosen]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of which images these are, in their order."""
+        return hashlib.sha256(self.labels.numpy().data).hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)

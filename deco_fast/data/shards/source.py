@@ -1,0 +1,209 @@
+"""The images of a set of shards at random access."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import statistics
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from deco_fast.data.folder import IMAGE_SUFFIXES
+from deco_fast.data.names import Names, shared
+from deco_fast.data.shards.index import ShardIndex, read_index, scan
+from deco_fast.data.shards.locate import find_shards
+from deco_fast.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+INDEX_FOLDER = ".deco-index"
+
+# Shards are indexed side by side: on a network's disk each header costs a journey.
+_INDEXED_AT_ONCE = 8
+# Far below the 1,024 files that a process may commonly have open.
+_OPEN_SHARDS = 256
+
+
+class ShardImages:
+    """Every labelled image of a set of shards: an `ImageSource`.
+
+    A sample is what has one name up to the first dot, in a row: an image (.jpg, .png, …) and its
+    label, a number in a .cls, or `label` (or `cls`) in a .json. Other fields are passed over.
+    Images are ordered by shard and place. Indexing opens no image; a progress bar appears if it
+    takes longer than two seconds.
+
+    A shard that is damaged gives the samples that can still be found in it. What is missing is
+    named in `lost`, and estimated from what the whole shards hold.
+
+    Args:
+        root: as for `find_shards`.
+        index_folder: keeps the index of each shard, for the shard's size and time of change;
+            None is the folder .deco-index beside the shard. Where it cannot be written, the
+            index is made again each time, and a warning says so.
+
+    Attributes:
+        shards: the tar files.
+        names: "SHARD/KEY.jpg".
+        labels: (images,) int64.
+        num_classes: the largest label + 1.
+
+    Raises:
+        UserError: as `find_shards`; a shard cannot be read; no image has a label.
+    """
+
+    def __init__(
+        self, root: str | Sequence[str], index_folder: str | os.PathLike[str] | None = None
+    ) -> None:
+        self.shards = find_shards(root)
+        self.description = root if isinstance(root, str) else ", ".join(root)
+        folder = None if index_folder is None else Path(index_folder)
+        names: list[bytes] = []
+        columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        counts: list[int] = []
+        lost: list[str] = []
+        damaged: list[int] = []
+        lost_in_whole_shards = 0
+        unlabelled = 0
+        for number, index in enumerate(_indices(self.shards, folder)):
+            shard = self.shards[number]
+            images = _Images(index, shard.name)
+            names += images.names
+            columns.append((images.offsets, images.sizes, images.labels))
+            counts.append(len(images.names))
+            unlabelled += images.unlabelled
+            if index.damage is None:
+                lost_in_whole_shards += len(images.lost)
+            else:
+                lost.append(f"{shard}: {index.damage}")
+                damaged.append(number)
+            lost += images.lost
+        if not names and unlabelled:
+            raise UserError(
+                f"no image in {self.description} has a label: put KEY.cls with the number of the "
+                "class beside each KEY.jpg"
+            )
+        if not names:
+            reason = f" ({lost[0]})" if lost else ""
+            raise UserError(
+                f"{self.description} has no images{reason}: a shard holds KEY.jpg and KEY.cls"
+            )
+        self.names = Names(names)
+        self.labels, self._offsets, self._sizes = (
+            shared(np.concatenate([column[part] for column in columns])) for part in (2, 0, 1)
+        )
+        self._ends = np.cumsum(counts)
+        self._files = _OpenFiles()
+        self.num_classes = int(self.labels.max()) + 1
+        self.lost = tuple(lost)
+        self.lost_images = lost_in_whole_shards + _missing(counts, damaged)
+
+    def read(self, index: int) -> bytes:
+        """The file of image `index`, 0 to the number of images - 1.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        size, offset = int(self._sizes[index]), int(self._offsets[index])
+        content = os.pread(self._files.descriptor(self.shards[shard]), size, offset)
+        if len(content) < size:
+            raise OSError(f"{self.shards[shard]} has become shorter since the run began")
+        return content
+
+
+class _Images:
+    """What an index says of the images alone."""
+
+    def __init__(self, index: ShardIndex, shard: str) -> None:
+        count = len(index.keys)
+        column = np.full(count, -1)
+        # The last one written is the first of the list, which every sample should have.
+        for suffix in reversed(IMAGE_SUFFIXES):
+            if suffix[1:] in index.fields:
+                place = index.fields.index(suffix[1:])
+                column[index.offsets[:, place] >= 0] = place
+        has_image = column >= 0
+        self.unlabelled = int((has_image & (index.labels < 0)).sum())
+        usable = np.flatnonzero(has_image & (index.labels >= 0))
+        self.offsets = index.offsets[usable, column[usable]]
+        self.sizes = index.sizes[usable, column[usable]]
+        self.labels = index.labels[usable]
+        prefix = os.fsencode(shard) + b"/"
+        endings = [b"." + os.fsencode(field) for field in index.fields]
+        self.names = [prefix + index.keys[row] + endings[column[row]] for row in usable]
+        self.lost = [
+            f"{os.fsdecode(prefix + index.keys[row])}: no {'label' if has_image[row] else 'image'}"
+            for row in np.flatnonzero(~(has_image & (index.labels >= 0)))
+        ]
+
+
+def _indices(shards: Sequence[Path], folder: Path | None) -> list[ShardIndex]:
+    def index(shard: Path) -> ShardIndex:
+        try:
+            try:
+                return read_index(shard, _kept_at(shard, folder))
+            except UserError as error:
+                warnings.append(str(error))
+                return scan(shard)
+        except OSError as error:
+            raise UserError(f"shard {shard} cannot be read: {error.strerror}") from error
+
+    warnings: list[str] = []
+    pool = ThreadPoolExecutor(_INDEXED_AT_ONCE)
+    try:
+        bar = tqdm(total=len(shards), desc="indexing", unit="shard", delay=2, leave=False)
+        with bar:
+            found = []
+            for each in pool.map(index, shards):
+                found.append(each)
+                bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt shall not wait for a thousand shards
+    if warnings:
+        _log.warning("%s; set data.index_folder to keep the index of the shards", warnings[0])
+    return found
+
+
+def _kept_at(shard: Path, folder: Path | None) -> Path:
+    if folder is None:
+        return shard.parent / INDEX_FOLDER / f"{shard.name}.index"
+    # Shards of several folders have the same names.
+    place = hashlib.sha256(os.fsencode(shard.resolve())).hexdigest()[:16]
+    return folder / f"{shard.stem}-{place}.index"
+
+
+def _missing(counts: Sequence[int], damaged: Sequence[int]) -> int:
+    """How many images the damaged shards have lost, if they once held what the whole ones hold."""
+    whole = [count for number, count in enumerate(counts) if number not in set(damaged)]
+    usual = statistics.median_high(whole) if whole else 0
+    return sum(max(usual - counts[number], 1) for number in damaged)
+
+
+class _OpenFiles:
+    """File descriptors of the shards read last; each process opens its own."""
+
+    def __init__(self) -> None:
+        self._descriptors: OrderedDict[Path, int] = OrderedDict()
+
+    def descriptor(self, path: Path) -> int:
+        """An open descriptor of `path`, valid until `_OPEN_SHARDS` others have been asked for."""
+        if path in self._descriptors:
+            self._descriptors.move_to_end(path)
+            return self._descriptors[path]
+        if len(self._descriptors) >= _OPEN_SHARDS:
+            os.close(self._descriptors.popitem(last=False)[1])
+        self._descriptors[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        return self._descriptors[path]
+
+    def __getstate__(self) -> dict[str, OrderedDict[Path, int]]:
+        return {"_descriptors": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
