@@ -20,7 +20,8 @@ from deco_fast.checkpoint import load_checkpoint, load_training_state
 from deco_fast.checkpoint import save as checkpoint_save
 from deco_fast.cli.train import main
 from deco_fast.config import RunConfig, load_config
-from deco_fast.training.batches import Batch, Batches, open_dataset
+from deco_fast.data.loader import Batch
+from deco_fast.training.batches import Batches, open_dataset
 from deco_fast.training.distributed import Processes
 from deco_fast.training.draws import Draws, draw_step
 from deco_fast.training.ema import ExponentialMovingAverage

@@ -92,7 +92,10 @@ def _temporary(path: Path) -> Path:
 
 def _remove_temporaries(parent: Path, name: str) -> None:
     for leftover in parent.glob(f".{name}.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def _refuse_foreign_files(folder: Path, owned: Collection[str]) -> None:

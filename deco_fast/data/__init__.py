@@ -3,15 +3,16 @@
 from deco_fast.data.digits import DigitsDataset
 from deco_fast.data.folder import FolderImages
 from deco_fast.data.images import ImageDataset
-from deco_fast.data.loader import BatchLoader
+from deco_fast.data.loader import Batch, read_batches
 from deco_fast.data.order import EpochBatches
 from deco_fast.data.shards import ShardImages
 
 __all__ = [
-    "BatchLoader",
+    "Batch",
     "DigitsDataset",
     "EpochBatches",
     "FolderImages",
     "ImageDataset",
     "ShardImages",
+    "read_batches",
 ]

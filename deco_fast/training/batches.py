@@ -1,34 +1,30 @@
-"""The batches of a run: the dataset of its configuration, read in the order of its seed."""
+"""The batches of a run: the dataset of its configuration, read in the order of its seed.
+
+Where a run stands in its data is a function of the step alone (`EpochBatches`), so nothing has to
+be carried from worker to worker or fast-forwarded. torchdata's `StatefulDataLoader` would add
+nothing: over a sampler of indices its state is the number of batches handed out, it resumes by
+drawing and dropping as many, and it is the state of one rank among as many as there were. What a
+checkpoint keeps is what must be the same when the run goes on, and is checked then.
+"""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+import torch
 
 from deco_fast.config import RunConfig
 from deco_fast.data.digits import DigitsDataset
-from deco_fast.data.folder import FolderDataset
+from deco_fast.data.folder import FolderImages
+from deco_fast.data.images import ImageDataset
+from deco_fast.data.loader import Batch, read_batches
 from deco_fast.data.order import EpochBatches
+from deco_fast.data.shards import ShardImages
 from deco_fast.errors import UserError
 from deco_fast.training.distributed import Processes
 
-
-class Batch(NamedTuple):
-    """This process's share of a step's global batch, on the CPU.
-
-    Attributes:
-        images: (B, 3, H, W) float32 in [−1, 1].
-        labels: (B,) int64.
-        indices: (B,) int64, of the samples in the dataset.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
+TrainingImages = DigitsDataset | ImageDataset
 
 
 class Batches:
@@ -39,33 +35,38 @@ class Batches:
         config: the run.
         processes: this process among those of the run.
         start_step: the 0-based step of the first batch.
+        state: of the checkpoint that the run goes on from; it is checked.
+
+    Raises:
+        UserError: the data, the seed or the batch size are not those of `state`.
     """
 
     def __init__(
         self,
-        dataset: DigitsDataset | FolderDataset,
+        dataset: TrainingImages,
         config: RunConfig,
         processes: Processes,
         start_step: int,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
-        workers = config.data.workers
-        loader = DataLoader(
-            _Indexed(dataset),
-            batch_sampler=EpochBatches(
-                len(dataset),
-                config.training.batch_size,
-                config.training.seed,
-                processes.rank,
-                processes.world_size,
-                start_step,
-            ),
-            num_workers=workers,
-            pin_memory=processes.device.type == "cuda",
-            persistent_workers=workers > 0,
-            worker_init_fn=_ignore_interrupt,
+        self.dataset, self.config, self.processes = dataset, config, processes
+        if state is not None:
+            self._take_up(state)
+        order = EpochBatches(
+            len(dataset),
+            config.training.batch_size,
+            config.training.seed,
+            processes.rank,
+            processes.world_size,
+            start_step,
         )
-        self._batches: Iterator[list[Tensor]] = iter(loader)
-        self._seed = config.training.seed
+        self._batches = read_batches(
+            dataset,
+            order,
+            workers=config.data.workers,
+            prefetch=config.data.prefetch,
+            device=processes.device,
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -76,19 +77,66 @@ class Batches:
         Raises:
             UserError: the data cannot be used.
         """
-        try:
-            return Batch(*next(self._batches))
-        except UserError as error:
-            # From a loader's worker the message comes wrapped in that worker's traceback.
-            raise UserError(str(error).rsplit("UserError: ", 1)[-1]) from error
+        return next(self._batches)
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """What a checkpoint after `step` steps has to hold for the order to go on."""
-        return {"step": step, "seed": self._seed}
+        """What the checkpoint after `step` steps keeps: in which data the run stands, and where.
+
+        Every process has to call it, as they tell each other what they found damaged: `damaged`
+        holds the numbers of these images. The epoch, and how many samples of it have been drawn,
+        follow from the step; they are there for people.
+
+        Raises:
+            UserError: more images are damaged than may be.
+        """
+        damage = self.dataset.damage
+        if damage is not None:
+            damage.merge(self.processes.union(damage.flags))
+        epoch, drawn = divmod(step * self.config.training.batch_size, len(self.dataset))
+        return {
+            **self._identity(),
+            "step": step,
+            "epoch": epoch,
+            "drawn_in_epoch": drawn,
+            "damaged": [] if damage is None else damage.indices(),
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self.config.training.seed,
+            "batch_size": self.config.training.batch_size,
+            "images": len(self.dataset),
+            "fingerprint": self.dataset.fingerprint,
+        }
+
+    def _take_up(self, state: Mapping[str, Any]) -> None:
+        now = self._identity()
+        for key, name, remedy in (
+            ("seed", "training.seed", "give the old value"),
+            ("batch_size", "training.batch_size", "give the old value"),
+            ("images", "the number of images in the data", "restore them"),
+            ("fingerprint", "the hash of the images' names and labels", "restore them"),
+        ):
+            # Checkpoints of deco_fast 0.1 hold the seed only.
+            before = state.get(key, now[key])
+            if before != now[key]:
+                raise UserError(
+                    f"{name} was {before} when the run stopped and is {now[key]}, so that it "
+                    f"cannot go on exactly: {remedy}, or start a new run with --out FOLDER"
+                )
+        damage = self.dataset.damage
+        if damage is not None and state.get("damaged"):
+            flags = torch.zeros_like(damage.flags)
+            flags[torch.tensor(state["damaged"])] = True
+            damage.merge(flags)
 
 
-def open_dataset(config: RunConfig) -> DigitsDataset | FolderDataset:
+def open_dataset(config: RunConfig, processes: Processes | None = None) -> TrainingImages:
     """The training images of a configuration.
+
+    Args:
+        config: the run.
+        processes: those of the run: the first one makes the index of shards, the others find it.
 
     Raises:
         UserError: there are none where it says, or their classes are not the network's.
@@ -97,28 +145,26 @@ def open_dataset(config: RunConfig) -> DigitsDataset | FolderDataset:
     if data.dataset == "digits":
         return DigitsDataset("train", data.height)
     if data.root is None:
-        raise UserError("data.root is not set: give the folder of class folders by --data.root")
-    dataset = FolderDataset(data.root, data.height, data.width, random_flip=data.random_flip)
-    if len(dataset.classes) != config.model.num_classes:
-        raise UserError(
-            f"{data.root} has {len(dataset.classes)} class folders: "
-            f"set --model.num_classes {len(dataset.classes)} (it is {config.model.num_classes})"
-        )
-    return dataset
-
-
-class _Indexed(Dataset[tuple[Tensor, int, int]]):
-    """A dataset whose samples say which they are."""
-
-    def __init__(self, dataset: DigitsDataset | FolderDataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        image, label = self.dataset[index]
-        return image, label, index
-
-
-def _ignore_interrupt(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal: loaders must live until the main process
-    # has saved and ends them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+        holding = "class folders" if data.dataset == "folder" else "shards"
+        raise UserError(f"data.root is not set: give the folder of {holding} by --data.root")
+    if data.dataset == "folder":
+        assert isinstance(data.root, str)
+        source: FolderImages | ShardImages = FolderImages(data.root)
+        if source.num_classes != config.model.num_classes:
+            raise UserError(
+                f"{data.root} has {source.num_classes} class folders: "
+                f"set --model.num_classes {source.num_classes} (it is {config.model.num_classes})"
+            )
+    else:
+        if processes is not None and not processes.is_main:
+            processes.barrier()
+        source = ShardImages(data.root, data.index_folder)
+        if processes is not None and processes.is_main:
+            processes.barrier()
+        # Some classes may have no image in these shards, so that fewer are no error.
+        if source.num_classes > config.model.num_classes:
+            raise UserError(
+                f"{source.description} has the label {source.num_classes - 1}: set "
+                f"--model.num_classes {source.num_classes} (it is {config.model.num_classes})"
+            )
+    return ImageDataset(source, data.height, data.width, data.random_flip, data.max_damaged_share)

@@ -34,6 +34,14 @@ class Processes:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags)
 
+    def union(self, flags: torch.Tensor) -> torch.Tensor:
+        """The bool flags that are set in any process; on the CPU."""
+        if self.world_size == 1:
+            return flags
+        counts = flags.to(self.device, torch.uint8)
+        dist.all_reduce(counts, op=dist.ReduceOp.MAX)
+        return counts.bool().cpu()
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean of a tensor over all processes."""
         if self.world_size > 1:

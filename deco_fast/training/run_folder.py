@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,16 @@ from deco_fast.config import RunConfig
 from deco_fast.errors import UserError
 
 # What may differ between the start of a run and its resumption without changing its weights.
-_FREE = ("output.", "data.root", "data.workers", "alignment.encoder", "alignment.cache")
+_FREE = (
+    "output.",
+    "data.root",
+    "data.max_damaged_share",
+    "data.index_folder",
+    "data.workers",
+    "data.prefetch",
+    "alignment.encoder",
+    "alignment.cache",
+)
 
 
 class RunFolder:
@@ -80,6 +90,12 @@ class RunFolder:
     def newest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""
         return newest_checkpoint(self.path)
+
+    def list_damaged(self, names: Sequence[str]) -> None:
+        """Write damaged.txt, a line for each image or shard; nothing where there are none."""
+        if names:
+            lines = (name.encode("utf-8", "backslashreplace").decode() for name in names)
+            write_atomically(self.path / "damaged.txt", "\n".join(lines) + "\n")
 
     def drop_old_checkpoints(self, keep: int) -> None:
         """Delete all but the newest `keep` checkpoints."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deco_fast.config import RunConfig
+from deco_fast.data.loader import Batch
 from deco_fast.errors import UserError
 from deco_fast.models.deco import DeCo
-from deco_fast.training.batches import Batch
 from deco_fast.training.distributed import Processes
 from deco_fast.training.draws import draw_step
 from deco_fast.training.ema import ExponentialMovingAverage

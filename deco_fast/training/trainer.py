@@ -7,14 +7,13 @@ anywhere goes on exactly as if it had not.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from deco_fast.alignment import load_encoder
 from deco_fast.config import RunConfig
-from deco_fast.data.folder import FolderDataset
 from deco_fast.errors import UserError
 from deco_fast.sampling.images import save_grid
 from deco_fast.sampling.run import draw, labels_for
@@ -49,7 +48,8 @@ class Trainer:
     def __init__(self, config: RunConfig, folder: RunFolder, processes: Processes) -> None:
         self.config, self.folder, self.processes = config, folder, processes
         self.step = 0
-        self.dataset = open_dataset(config)
+        self.dataset = open_dataset(config, processes)
+        self._loader_state: dict[str, Any] | None = None
         self.training = TrainingStep(config, processes, _open_encoder(config, processes.device))
 
     def resume(self) -> bool:
@@ -58,11 +58,12 @@ class Trainer:
         if saved is None:
             return False
         self.step = saved["step"]
+        self._loader_state = saved["loader"]
         return True
 
     def batches(self) -> Batches:
         """The batches from the present step on."""
-        return Batches(self.dataset, self.config, self.processes, self.step)
+        return Batches(self.dataset, self.config, self.processes, self.step, self._loader_state)
 
     def run(self) -> Interrupt:
         """Train to the configured step, or until a signal asks to stop; both end in a checkpoint.
@@ -97,10 +98,11 @@ class Trainer:
                     self._save_samples(monitor)
                 if self.step % output.checkpoint_every == 0 or last or stopping:
                     state.save(self.training, self.folder, self.step, batches.state_dict(self.step))
+                    self._list_damaged()
                 if stopping:
                     break
         if self.processes.is_main:
-            self._report_unreadable()
+            self._report_damaged()
             if self.step == config.training.steps:
                 self.folder.mark_finished()
         self.processes.barrier()
@@ -131,9 +133,14 @@ class Trainer:
         save_grid(images, path)
         monitor.say(f"samples: {path}")
 
-    def _report_unreadable(self) -> None:
-        if isinstance(self.dataset, FolderDataset) and (files := self.dataset.unreadable()):
-            print(f"{len(files)} unreadable images were skipped, {files[0]} first")
+    def _list_damaged(self) -> None:
+        """Name in the run's folder what every process has found damaged."""
+        if self.processes.is_main and self.dataset.damage is not None:
+            self.folder.list_damaged(self.dataset.damage.names())
+
+    def _report_damaged(self) -> None:
+        if self.dataset.damage is not None and (names := self.dataset.damage.names()):
+            print(f"{len(names)} damaged images were skipped, {names[0]} first: see damaged.txt")
 
 
 def _open_encoder(config: RunConfig, device: torch.device) -> DINOv2 | None:

@@ -125,7 +125,7 @@ class _Members:
                     if member := _member(info):
                         yield member
         except tarfile.TarError as error:
-            self._note(f"{error} after byte {end}")
+            self._note(f"ends early after byte {end} ({error})")
             return
         # Two blocks of zeros end an archive: without them its writer did not finish.
         if self._length < end + 2 * tarfile.BLOCKSIZE:
