@@ -19,9 +19,9 @@ from torch import Tensor
 from deco_fast.alignment import Projector, alignment_loss
 from deco_fast.checkpoint import load_checkpoint, load_training_state
 from deco_fast.config import RunConfig, load_config
+from deco_fast.data.loader import Batch
 from deco_fast.flow import shift_time
 from deco_fast.training import step as step_module
-from deco_fast.training.batches import Batch
 from deco_fast.training.distributed import Processes
 from deco_fast.training.draws import Draws
 from deco_fast.training.step import TrainingStep

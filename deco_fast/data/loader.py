@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     Attributes:
         images: (B, 3, H, W) float32 in [−1, 1].
         labels: (B,) int64.
-        indices: (B,) int64, of the samples in the dataset.
+        indices: (B,) int64 on the CPU, of the samples in the dataset.
     """
 
     images: Tensor
