@@ -4,6 +4,7 @@
 
 #include "flow_matching_loss_op.h"
 #include "instruction_set.h"
+#include "packed_linear_op.h"
 #include "pixel_decoder_op.h"
 
 namespace py = pybind11;
@@ -17,6 +18,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       "one or one that this CPU lacks.");
   module.def("flow_matching_loss_forward", &deco::flow_matching_loss_forward,
              py::call_guard<py::gil_scoped_release>(), "See flow_matching_loss_op.h.");
+  module.def("has_block_products", &deco::has_block_products, "See packed_linear_op.h.");
+  module.def("pack_weight", &deco::pack_weight, py::call_guard<py::gil_scoped_release>(),
+             "See packed_linear_op.h.");
+  module.def("packed_linear", &deco::packed_linear, py::call_guard<py::gil_scoped_release>(),
+             "See packed_linear_op.h.");
   module.def("pixel_decoder_forward", &deco::pixel_decoder_forward,
              py::call_guard<py::gil_scoped_release>(), "See pixel_decoder_op.h.");
   module.def("pixel_decoder_backward", &deco::pixel_decoder_backward,

@@ -51,11 +51,13 @@ def _host(op: str, device_type: str) -> ModuleType:
     return importlib.import_module(f"deco_fast.kernels.{op}.{module}")
 
 
-def _define(name: str, schema: str, function: str) -> None:
+def _define(
+    name: str, schema: str, function: str, device_types: Sequence[str] = ("cpu", "cuda")
+) -> None:
     """Define deco_fast::name, computed on each device by this host function of the op's folder."""
     torch.library.define(f"deco_fast::{name}", schema, tags=_TAGS)
     op = name.removesuffix("_backward")
-    for device_type in ("cpu", "cuda"):
+    for device_type in device_types:
 
         def implementation(*arguments: Any, device_type: str = device_type) -> Any:
             host = getattr(_host(op, device_type), function)
@@ -262,3 +264,19 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "deco_fast::pixel_decoder_backward", _not_differentiable_again("pixel_decoder")
 )
+
+
+# --- packed_linear ------------------------------------------------------------------------------
+# For inference on a CPU: no gradients. `weight` is laid out by `packed_linear/cpu.py`.
+
+_define(
+    "packed_linear",
+    "(Tensor x, Tensor weight, Tensor? bias, int out_features, bool swiglu) -> Tensor",
+    "forward",
+    device_types=("cpu",),
+)
+
+
+@torch.library.register_fake("deco_fast::packed_linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, swiglu: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features // 2 if swiglu else out_features)

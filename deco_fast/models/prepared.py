@@ -1,0 +1,207 @@
+"""The DiT's blocks prepared for inference: the same function, other layouts of the weights.
+
+What depends on time and class alone, the AdaLN modulation, comes from outside, for it can be
+computed before the sampling loop (`deco_fast.sampling.modulation`). What is left of a block:
+
+- The weights of RMSNorm are part of the modulation's scale.
+- w1 and w3 of SwiGLU are one product.
+- The channels of a head are reordered, [0, 2, 4, …, 1, 3, 5, …], in q and k alike, which leaves
+  q·k as it is: the pairs that rotary embedding turns are then the halves of a head, and vectors
+  need no shuffling.
+- On a CPU the weights are packed (`deco_fast.kernels.packed_linear`).
+
+Nothing here is saved: a prepared block is derived from a `DiTBlock` and forgotten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from deco_fast.kernels.packed_linear.cpu import can_pack, interleave, pack, packed_linear
+from deco_fast.models.attention import attention
+from deco_fast.models.dit import DiTBlock, SwiGLU
+from deco_fast.models.embeddings import rotary_table
+
+# Narrower layers are bound by the cost of a call, which is less for torch's own.
+_PACK_FROM_WIDTH = 512
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """How weights lie in memory.
+
+    Attributes:
+        packed: for the block products of a CPU; else as in `nn.Linear`.
+        three_products: float32 products as three bfloat16 ones, with packed weights.
+    """
+
+    packed: bool
+    three_products: bool = False
+
+    @classmethod
+    def best(cls, device: torch.device, dtype: torch.dtype, width: int) -> WeightLayout:
+        """What is fastest here for layers of this width.
+
+        Three products stand for one where `torch.set_float32_matmul_precision("high")` allows it,
+        as torch's documentation defines that setting, and the processor multiplies bfloat16.
+        """
+        if device.type != "cpu" or width < _PACK_FROM_WIDTH or not can_pack(dtype):
+            return cls(packed=False)
+        allowed = torch.get_float32_matmul_precision() != "highest"
+        three_products = dtype == torch.float32 and allowed and can_pack(torch.bfloat16)
+        return cls(packed=True, three_products=three_products)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with a packed weight."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, layout: WeightLayout) -> None:
+        super().__init__()
+        self.out_features = len(weight)
+        self.weight = nn.Buffer(pack(weight, three_products=layout.three_products))
+        self.bias = None if bias is None else nn.Buffer(bias.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, K) to (…, N)."""
+        return packed_linear(x, self.weight, self.bias, self.out_features)
+
+
+class PackedSwiGLU(nn.Module):
+    """w2(silu(w1 x) · w3 x) with packed weights, activated before it reaches memory."""
+
+    def __init__(self, mlp: SwiGLU, layout: WeightLayout) -> None:
+        super().__init__()
+        weight = interleave(mlp.w1.weight, mlp.w3.weight)
+        self.inner_size = len(weight) // 2
+        self.w1_w3 = nn.Buffer(pack(weight, three_products=layout.three_products))
+        rest = self.inner_size - mlp.w2.in_features
+        self.w2 = PackedLinear(F.pad(mlp.w2.weight, (0, rest)), None, layout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, D) to (…, D)."""
+        return self.w2(packed_linear(x, self.w1_w3, None, 2 * self.inner_size, swiglu=True))
+
+
+class MergedSwiGLU(nn.Module):
+    """w2(silu(w1 x) · w3 x) with w1 and w3 in one product."""
+
+    def __init__(self, mlp: SwiGLU) -> None:
+        super().__init__()
+        self.w1_w3 = _linear(torch.cat([mlp.w1.weight, mlp.w3.weight]), None)
+        self.w2 = _linear(mlp.w2.weight, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, D) to (…, D)."""
+        gate, value = self.w1_w3(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * value)
+
+
+class PreparedBlock(nn.Module):
+    """A DiT block whose modulation is given; see the module's docstring."""
+
+    def __init__(self, block: DiTBlock, layout: WeightLayout) -> None:
+        super().__init__()
+        attention = block.attention
+        self.num_heads = attention.num_heads
+        self.eps = block.norm1.eps
+        qkv = _halve_pairs_of_qk(attention.qkv.weight, self.num_heads)
+        self.q_norm = nn.Buffer(_halve_pairs(attention.q_norm.weight))
+        self.k_norm = nn.Buffer(_halve_pairs(attention.k_norm.weight))
+        self.mlp: nn.Module
+        if layout.packed:
+            self.qkv: nn.Module = PackedLinear(qkv, None, layout)
+            self.proj: nn.Module = PackedLinear(
+                attention.proj.weight, attention.proj.bias, layout
+            )
+            self.mlp = PackedSwiGLU(block.mlp, layout)
+        else:
+            self.qkv = _linear(qkv, None)
+            self.proj = _linear(attention.proj.weight, attention.proj.bias)
+            self.mlp = MergedSwiGLU(block.mlp)
+
+    def forward(self, x: Tensor, modulation: Tensor, rotary: Tensor) -> Tensor:
+        """The block.
+
+        Args:
+            x: tokens (B, L, D).
+            modulation: (B, 6, D): shift, scale and gate of attention, then of the MLP, the scales
+                as `fold_norms` makes them.
+            rotary: (2, L, head_dim/2), cosines and sines in float32.
+
+        Returns:
+            (B, L, D).
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, :, None].unbind(1)
+        x = x + gate1 * self._attend(_norm_modulate(x, shift1, scale1, self.eps), rotary)
+        return x + gate2 * self.mlp(_norm_modulate(x, shift2, scale2, self.eps))
+
+    def _attend(self, x: Tensor, rotary: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.num_heads)
+        q = _norm_rotate(q, self.q_norm, rotary, self.eps)
+        k = _norm_rotate(k, self.k_norm, rotary, self.eps)
+        return self.proj(rearrange(attention(q, k, v), "b h l d -> b l (h d)"))
+
+
+def prepared_rotary_table(
+    height: int, width: int, head_dim: int, device: torch.device | None = None
+) -> Tensor:
+    """`rotary_table` as the prepared blocks take it, (2, height·width, head_dim/2)."""
+    return rotary_table(height, width, head_dim, device).permute(2, 0, 1).contiguous()
+
+
+def fold_norms(modulation: Tensor, block: DiTBlock) -> Tensor:
+    """What a block's modulation layer says (…, 6·D) as its prepared form takes it, (…, 6, D).
+
+    norm(x)·w·(1 + scale) + shift becomes norm(x)·scale' + shift; float32 inside.
+    """
+    parts = list(modulation.unflatten(-1, (6, -1)).unbind(-2))
+    for i, norm in ((1, block.norm1), (4, block.norm2)):
+        wide = _wide(norm.weight)
+        parts[i] = (wide * (1 + parts[i].to(wide.dtype))).to(modulation.dtype)
+    return torch.stack(parts, dim=-2)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _normalise(x: Tensor, eps: float) -> Tensor:
+    x = _wide(x)
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+
+
+def _norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return (_normalise(x, eps) * scale + shift).to(x.dtype)
+
+
+def _norm_rotate(x: Tensor, weight: Tensor, rotary: Tensor, eps: float) -> Tensor:
+    cos, sin = rotary
+    first, second = (_normalise(x, eps) * weight).chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return turned.to(x.dtype)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer around tensors that are there."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
+
+
+def _halve_pairs(x: Tensor) -> Tensor:
+    """Even places of the first axis, then odd ones."""
+    return rearrange(x, "(d pair) ... -> (pair d) ...", pair=2).contiguous()
+
+
+def _halve_pairs_of_qk(weight: Tensor, num_heads: int) -> Tensor:
+    q, k, v = weight.chunk(3)
+    pairs = "(h d pair) k -> (h pair d) k"
+    q, k = (rearrange(part, pairs, h=num_heads, pair=2) for part in (q, k))
+    return torch.cat([q, k, v])

@@ -1,0 +1,256 @@
+"""The sampling engine: a model prepared once for a way of sampling, then any number of batches.
+
+The same images as `deco_fast.sample`, up to rounding. What can be known before the loop is done
+before it: times, solver weights (`schedule`), modulations (`modulation`), layouts of the weights
+(`deco_fast.models.prepared`). One evaluation in the loop is the DiT, the fused pixel decoder, and
+one pass for guidance and solver. Outside of the guidance interval there is no unconditional half.
+The host gives orders and never waits for an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deco_fast.guidance import guide
+from deco_fast.kernels.layout import patchify
+from deco_fast.models.card import SamplingSettings
+from deco_fast.models.deco import DeCo
+from deco_fast.models.dit import DiTBlock
+from deco_fast.models.prepared import PreparedBlock, WeightLayout, prepared_rotary_table
+from deco_fast.sampling.modulation import ModulationTable
+from deco_fast.sampling.schedule import schedule
+
+TABLE_BYTES = 2**30
+"""Memory for modulations that are computed ahead, unless told otherwise."""
+
+# Up to so many blocks are compiled as one graph. Deeper models are compiled block by block, once
+# for all: one block takes seconds, 28 of them minutes.
+_ONE_GRAPH_DEPTH = 8
+
+
+class SamplingEngine:
+    """Draws batches of images with one model, one size and one way of sampling.
+
+    It holds the weights of the DiT's blocks a second time, in the layout it computes with, and must
+    be made anew when the model's weights change.
+
+    Args:
+        model: of any dtype, on any device.
+        settings: solver, steps and guidance.
+        batch_size: images in a batch at most.
+        height, width: in pixels, divisible by the patch size.
+        compile: use torch.compile, and on a GPU CUDA graphs; `warm_up` then takes the time for it.
+        table_bytes: memory for the modulations that are computed ahead.
+
+    Attributes:
+        evaluations: times that the model is evaluated for a batch.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: DeCo,
+        settings: SamplingSettings,
+        *,
+        batch_size: int,
+        height: int,
+        width: int,
+        compile: bool = False,
+        table_bytes: int = TABLE_BYTES,
+    ) -> None:
+        config = model.config
+        if batch_size < 1:
+            raise ValueError(f"batch size must be at least 1, not {batch_size}")
+        if height % config.patch_size or width % config.patch_size:
+            raise ValueError(
+                f"image size {height}×{width} is not divisible by the patch size "
+                f"{config.patch_size}"
+            )
+        self.model, self.settings, self.batch_size = model, settings, batch_size
+        self._evaluations = schedule(settings)
+        self.evaluations = len(self._evaluations)
+        self._shape = (batch_size, config.in_channels, height, width)
+        self._device = model.patch_embedder.weight.device
+        self._state_dtype = torch.promote_types(model.dtype, torch.float32)
+        self._compiled = compile
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        with torch.inference_mode():
+            self._prepare(height, width, table_bytes)
+        if compile:
+            self._compile()
+
+    def _prepare(self, height: int, width: int, table_bytes: int) -> None:
+        config, device = self.model.config, self._device
+        layout = WeightLayout.best(device, self.model.dtype, config.hidden_size)
+        self._blocks = nn.ModuleList(
+            PreparedBlock(cast(DiTBlock, block), layout) for block in self.model.blocks
+        )
+        self._rotary = prepared_rotary_table(
+            height // config.patch_size, width // config.patch_size, config.head_dim, device
+        )
+        new = {"device": device, "dtype": self._state_dtype}
+        self._weights = torch.tensor([e.weights for e in self._evaluations], **new)
+        self._table = ModulationTable(
+            self.model,
+            torch.tensor([e.t for e in self._evaluations], **new),
+            min(self.batch_size, config.num_classes) + 1,
+            table_bytes,
+        )
+        self._x = torch.zeros(self._shape, **new)
+        self._velocities = torch.zeros(self._weights.shape[1], *self._shape, **new)
+        # Which evaluation this is, among all and among those that the table holds.
+        self._index = torch.zeros(2, 1, dtype=torch.int64, device=device)
+        # The table's row of each input: first those of the unconditional half.
+        self._rows = torch.zeros(2 * self.batch_size, dtype=torch.int64, device=device)
+
+    def _compile(self) -> None:
+        if self.model.config.depth <= _ONE_GRAPH_DEPTH:
+            self._step = torch.compile(self._step, fullgraph=True, dynamic=False)
+            return
+        for block in self._blocks:
+            block.compile(fullgraph=True, dynamic=False)
+        self._move = torch.compile(self._move, fullgraph=True, dynamic=False)
+
+    def warm_up(self) -> None:
+        """Compile, and record CUDA graphs, so that the first batch takes no longer than others."""
+        if not self._compiled:
+            return
+        with torch.inference_mode():
+            self._table.fill(0, [0])
+            for guided in sorted({e.guided for e in self._evaluations}):
+                self._index.zero_()
+                self._rows.zero_()
+                if self._device.type == "cuda":
+                    self._graphs[guided] = self._record(guided)
+                else:
+                    self._evaluate(guided)
+
+    def _record(self, guided: bool) -> torch.cuda.CUDAGraph:
+        # What compiles or allocates for good must happen before, on another stream than the one
+        # that records.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._index.zero_()
+                self._evaluate(guided)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            self._evaluate(guided)
+        return graph
+
+    def __call__(
+        self,
+        noise: Tensor,
+        labels: Sequence[int],
+        on_evaluation: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """Draw a batch.
+
+        Args:
+            noise: (B, C, H, W), B up to the batch size.
+            labels: the class of each image.
+            on_evaluation: called after each evaluation of the model has been ordered; a GPU may
+                be behind.
+
+        Returns:
+            Images (B, C, H, W), about [−1, 1], float32 (float64 for a float64 model).
+
+        Raises:
+            ValueError: shapes or labels do not fit.
+        """
+        self._check(noise, labels)
+        with torch.inference_mode():
+            distinct = sorted(set(labels) | {self.model.config.num_classes})
+            self._start(noise, labels, distinct)
+            for i, evaluation in enumerate(self._evaluations):
+                if i % self._table.span == 0:
+                    self._table.fill(i, distinct)
+                    self._index[1].zero_()
+                if evaluation.guided in self._graphs:
+                    self._graphs[evaluation.guided].replay()
+                else:
+                    self._evaluate(evaluation.guided)
+                on_evaluation()
+        return self._x[: len(noise)].clone()
+
+    def _start(self, noise: Tensor, labels: Sequence[int], distinct: Sequence[int]) -> None:
+        # A batch that is not full computes images that nobody sees: other shapes would have to be
+        # compiled.
+        self._x.zero_()
+        self._x[: len(noise)].copy_(noise, non_blocking=True)
+        self._velocities.zero_()
+        self._index.zero_()
+        row_of = {label: row for row, label in enumerate(distinct)}
+        conditional = [row_of[label] for label in labels]
+        conditional += [conditional[-1]] * (self.batch_size - len(labels))
+        unconditional = [row_of[self.model.config.num_classes]] * self.batch_size
+        self._rows.copy_(torch.tensor(unconditional + conditional), non_blocking=True)
+
+    def _evaluate(self, guided: bool) -> None:
+        x, velocities = self._step(
+            self._x, self._velocities, self._index, self._rows, self._table.values, guided
+        )
+        self._x.copy_(x)
+        self._velocities.copy_(velocities)
+        self._index.add_(1)
+
+    def _step(
+        self,
+        x: Tensor,
+        velocities: Tensor,
+        index: Tensor,
+        rows: Tensor,
+        table: Tensor,
+        guided: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """One evaluation and the move after it: the new x (B, C, H, W) and velocities (K, …)."""
+        rows = rows if guided else rows[len(rows) // 2 :]
+        modulation = table.index_select(0, index[1])[0].index_select(0, rows)
+        temb = self._table.time_embedding.index_select(0, index[0])
+        velocity = self._velocity(x.repeat(2, 1, 1, 1) if guided else x, modulation, temb)
+        return self._move(x, velocities, velocity, self._weights.index_select(0, index[0])[0])
+
+    def _velocity(self, x: Tensor, modulation: Tensor, temb: Tensor) -> Tensor:
+        model = self.model
+        x = x.to(model.dtype)
+        s = model.patch_embedder(patchify(x, model.config.patch_size))
+        for i, block in enumerate(self._blocks):
+            s = block(s, modulation[:, i], self._rotary)
+        return model.decoder(x, F.silu(temb + s))
+
+    def _move(
+        self, x: Tensor, velocities: Tensor, velocity: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        velocity = velocity.to(x.dtype)
+        if len(velocity) == 2 * len(x):
+            unconditional, conditional = velocity.chunk(2)
+            settings = self.settings
+            velocity = guide(
+                unconditional, conditional, settings.guidance_scale, settings.guidance_rescale
+            )
+        velocities = torch.cat([velocity[None], velocities[:-1]])
+        return x + (weights.view(-1, 1, 1, 1, 1) * velocities).sum(0), velocities
+
+    def _check(self, noise: Tensor, labels: Sequence[int]) -> None:
+        if tuple(noise.shape[1:]) != self._shape[1:] or not 0 < len(noise) <= self.batch_size:
+            raise ValueError(
+                f"noise must be {self._shape} or fewer images, not {tuple(noise.shape)}"
+            )
+        if len(labels) != len(noise):
+            raise ValueError(f"{len(noise)} noises but {len(labels)} labels: one each")
+        null = self.model.config.num_classes
+        for label in labels:
+            if not 0 <= label <= null:
+                raise ValueError(
+                    f"label {label} does not exist: 0 … {null - 1}, or {null} for the null class"
+                )
