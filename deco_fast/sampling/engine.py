@@ -21,7 +21,9 @@ from deco_fast.kernels.layout import patchify
 from deco_fast.models.card import SamplingSettings
 from deco_fast.models.deco import DeCo
 from deco_fast.models.dit import DiTBlock
+from deco_fast.models.fp8 import to_fp8
 from deco_fast.models.prepared import PreparedBlock, WeightLayout, prepared_rotary_table
+from deco_fast.sampling.batch_size import default_batch_size
 from deco_fast.sampling.modulation import ModulationTable
 from deco_fast.sampling.schedule import schedule
 
@@ -40,54 +42,71 @@ class SamplingEngine:
     be made anew when the model's weights change.
 
     Args:
-        model: of any dtype, on any device.
+        model: of any dtype, on any device; its card fills in what is not given.
         settings: solver, steps and guidance.
-        batch_size: images in a batch at most.
         height, width: in pixels, divisible by the patch size.
+        batch_size: images in a batch at most (with guidance, twice as many inputs); by default
+            `default_batch_size`.
+        fp8: compute the DiT's products in 8-bit floating point (`deco_fast.models.fp8`).
         compile: use torch.compile, and on a GPU CUDA graphs; `warm_up` then takes the time for it.
         table_bytes: memory for the modulations that are computed ahead.
 
     Attributes:
         evaluations: times that the model is evaluated for a batch.
+        image_shape: (C, H, W).
+        is_ahead: whether calls return before the images are computed.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or the model has no card and one is needed.
+        UserError: there is no fp8 here.
     """
 
     def __init__(
         self,
         model: DeCo,
-        settings: SamplingSettings,
+        settings: SamplingSettings | None = None,
         *,
-        batch_size: int,
-        height: int,
-        width: int,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int | None = None,
+        fp8: bool = False,
         compile: bool = False,
         table_bytes: int = TABLE_BYTES,
     ) -> None:
-        config = model.config
-        if batch_size < 1:
-            raise ValueError(f"batch size must be at least 1, not {batch_size}")
+        config, card = model.config, model.card
+        if card is not None:
+            settings = settings or card.sampling
+            height, width = height or card.height, width or card.width
+        if settings is None or height is None or width is None:
+            raise ValueError("the model has no card: give settings, height and width")
         if height % config.patch_size or width % config.patch_size:
             raise ValueError(
                 f"image size {height}×{width} is not divisible by the patch size "
                 f"{config.patch_size}"
             )
+        self._device = model.patch_embedder.weight.device
+        if batch_size is None:
+            batch_size = default_batch_size(self._device, height, width)
+        if batch_size < 1:
+            raise ValueError(f"batch size must be at least 1, not {batch_size}")
         self.model, self.settings, self.batch_size = model, settings, batch_size
+        self.image_shape = (config.in_channels, height, width)
+        self.is_ahead = self._device.type != "cpu"
         self._evaluations = schedule(settings)
         self.evaluations = len(self._evaluations)
-        self._shape = (batch_size, config.in_channels, height, width)
-        self._device = model.patch_embedder.weight.device
         self._state_dtype = torch.promote_types(model.dtype, torch.float32)
         self._compiled = compile
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         with torch.inference_mode():
-            self._prepare(height, width, table_bytes)
+            self._prepare(table_bytes)
+            if fp8:
+                to_fp8(self._blocks)
         if compile:
             self._compile()
 
-    def _prepare(self, height: int, width: int, table_bytes: int) -> None:
+    def _prepare(self, table_bytes: int) -> None:
         config, device = self.model.config, self._device
+        _, height, width = self.image_shape
         layout = WeightLayout.best(device, self.model.dtype, config.hidden_size)
         self._blocks = nn.ModuleList(
             PreparedBlock(cast(DiTBlock, block), layout) for block in self.model.blocks
@@ -103,8 +122,9 @@ class SamplingEngine:
             min(self.batch_size, config.num_classes) + 1,
             table_bytes,
         )
-        self._x = torch.zeros(self._shape, **new)
-        self._velocities = torch.zeros(self._weights.shape[1], *self._shape, **new)
+        shape = (self.batch_size, *self.image_shape)
+        self._x = torch.zeros(shape, **new)
+        self._velocities = torch.zeros(self._weights.shape[1], *shape, **new)
         # Which evaluation this is, among all and among those that the table holds.
         self._index = torch.zeros(2, 1, dtype=torch.int64, device=device)
         # The table's row of each input: first those of the unconditional half.
@@ -130,7 +150,7 @@ class SamplingEngine:
                 if self._device.type == "cuda":
                     self._graphs[guided] = self._record(guided)
                 else:
-                    self._evaluate(guided)
+                    self._evaluate(guided, self.batch_size)
 
     def _record(self, guided: bool) -> torch.cuda.CUDAGraph:
         # What compiles or allocates for good must happen before, on another stream than the one
@@ -140,12 +160,12 @@ class SamplingEngine:
         with torch.cuda.stream(stream):
             for _ in range(3):
                 self._index.zero_()
-                self._evaluate(guided)
+                self._evaluate(guided, self.batch_size)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         with torch.cuda.graph(graph, pool=pool):
-            self._evaluate(guided)
+            self._evaluate(guided, self.batch_size)
         return graph
 
     def __call__(
@@ -169,9 +189,11 @@ class SamplingEngine:
             ValueError: shapes or labels do not fit.
         """
         self._check(noise, labels)
+        # Another size would have to be compiled: the rest of a batch is computed and not seen.
+        size = self.batch_size if self._compiled else len(noise)
         with torch.inference_mode():
-            distinct = sorted(set(labels) | {self.model.config.num_classes})
-            self._start(noise, labels, distinct)
+            distinct = sorted({*labels, self.model.config.num_classes})
+            self._start(noise, labels, distinct, size)
             for i, evaluation in enumerate(self._evaluations):
                 if i % self._table.span == 0:
                     self._table.fill(i, distinct)
@@ -179,29 +201,35 @@ class SamplingEngine:
                 if evaluation.guided in self._graphs:
                     self._graphs[evaluation.guided].replay()
                 else:
-                    self._evaluate(evaluation.guided)
+                    self._evaluate(evaluation.guided, size)
                 on_evaluation()
         return self._x[: len(noise)].clone()
 
-    def _start(self, noise: Tensor, labels: Sequence[int], distinct: Sequence[int]) -> None:
-        # A batch that is not full computes images that nobody sees: other shapes would have to be
-        # compiled.
+    def _start(
+        self, noise: Tensor, labels: Sequence[int], distinct: Sequence[int], size: int
+    ) -> None:
         self._x.zero_()
-        self._x[: len(noise)].copy_(noise, non_blocking=True)
+        self._x[: len(noise)].copy_(self._for_device(noise), non_blocking=True)
         self._velocities.zero_()
         self._index.zero_()
         row_of = {label: row for row, label in enumerate(distinct)}
         conditional = [row_of[label] for label in labels]
-        conditional += [conditional[-1]] * (self.batch_size - len(labels))
-        unconditional = [row_of[self.model.config.num_classes]] * self.batch_size
-        self._rows.copy_(torch.tensor(unconditional + conditional), non_blocking=True)
+        conditional += conditional[-1:] * (size - len(labels))
+        unconditional = [row_of[self.model.config.num_classes]] * size
+        rows = torch.tensor(unconditional + conditional)
+        self._rows[: 2 * size].copy_(self._for_device(rows), non_blocking=True)
 
-    def _evaluate(self, guided: bool) -> None:
-        x, velocities = self._step(
-            self._x, self._velocities, self._index, self._rows, self._table.values, guided
+    def _for_device(self, x: Tensor) -> Tensor:
+        return x.pin_memory() if self._device.type == "cuda" and not x.is_cuda else x
+
+    def _evaluate(self, guided: bool, size: int) -> None:
+        """Evaluate the first `size` images and move them."""
+        x, velocities = self._x[:size], self._velocities[:, :size]
+        new_x, new_velocities = self._step(
+            x, velocities, self._index, self._rows[: 2 * size], self._table.values, guided
         )
-        self._x.copy_(x)
-        self._velocities.copy_(velocities)
+        x.copy_(new_x)
+        velocities.copy_(new_velocities)
         self._index.add_(1)
 
     def _step(
@@ -242,9 +270,10 @@ class SamplingEngine:
         return x + (weights.view(-1, 1, 1, 1, 1) * velocities).sum(0), velocities
 
     def _check(self, noise: Tensor, labels: Sequence[int]) -> None:
-        if tuple(noise.shape[1:]) != self._shape[1:] or not 0 < len(noise) <= self.batch_size:
+        if noise.shape[1:] != self.image_shape or not 0 < len(noise) <= self.batch_size:
             raise ValueError(
-                f"noise must be {self._shape} or fewer images, not {tuple(noise.shape)}"
+                f"noise must be up to {self.batch_size} images of {self.image_shape}, not "
+                f"{tuple(noise.shape)}"
             )
         if len(labels) != len(noise):
             raise ValueError(f"{len(noise)} noises but {len(labels)} labels: one each")

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from deco_fast.errors import UserError
-from deco_fast.models.card import SamplingSettings
 from deco_fast.models.deco import DeCo
+from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import to_uint8
-from deco_fast.sampling.loop import sample
 from deco_fast.sampling.noise import noise_for
 
-# Pixels in a batch: 64 images of 32×32 or one of 256×256 on a CPU, whose caches larger batches
-# leave; 32 images of 256×256 on a GPU, where the decoder's activations then take some 4 GB.
-_PIXELS_ON_CPU = 64 * 32**2
-_PIXELS_ELSEWHERE = 32 * 256**2
-
-
-def default_batch_size(device: torch.device, height: int, width: int) -> int:
-    """Images per batch of a size in pixels that suits a device."""
-    pixels = _PIXELS_ON_CPU if device.type == "cpu" else _PIXELS_ELSEWHERE
-    return max(1, pixels // (height * width))
+Item = TypeVar("Item")
 
 
 def labels_for(num: int, num_classes: int, classes: Sequence[int] | None = None) -> list[int]:
@@ -51,65 +42,37 @@ def share(num: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list
     return [i for i in range(num) if i // batch_size % world_size == rank]
 
 
-def evaluations(settings: SamplingSettings) -> int:
-    """Times that the model is called for a batch."""
-    return 2 * settings.steps - 1 if settings.solver == "heun" else settings.steps
-
-
 def draw(
-    model: DeCo,
+    engine: SamplingEngine,
     labels: Sequence[int],
     indices: Sequence[int] | None = None,
     *,
     seed: int = 0,
-    settings: SamplingSettings | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    batch_size: int | None = None,
-    pad_last: bool = False,
     progress: bool = False,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Draw images batch by batch.
 
     An image's noise depends on the seed and its index alone. Batches of another size give the
-    same images up to the rounding of the matrix products.
+    same images up to the rounding of the matrix products. A GPU computes the next batch while the
+    caller has one in hand.
 
     Args:
-        model: whose card fills in what is not given.
+        engine: model, size, settings and batch size.
         labels: the class of each image.
         indices: the number of each image; by default 0, 1, …
         seed: 0 … 2⁶⁴ − 1.
-        settings: solver, steps and guidance.
-        height, width: in pixels, divisible by the patch size.
-        batch_size: images computed at once (with guidance, twice as many inputs); by default
-            `default_batch_size`.
-        pad_last: fill the last batch up to the size of the others, so that a compiled model is
-            not compiled again for it; the filling is dropped.
         progress: show a bar with images/s and remaining time.
 
     Yields:
         (indices, images): numbers of up to batch_size images, and uint8 (B, H, W, 3) on the CPU.
 
     Raises:
-        ValueError: an argument is out of range, or the model has no card and one is needed.
+        ValueError: an argument is out of range.
         UserError: an image is not finite.
     """
-    if model.card is None and None in (settings, height, width):
-        raise ValueError("the model has no card: give settings, height and width")
-    if model.card is not None:
-        settings = settings or model.card.sampling
-        height, width = height or model.card.height, width or model.card.width
-    assert settings is not None and height is not None and width is not None
     indices = range(len(labels)) if indices is None else indices
     if len(indices) != len(labels):
         raise ValueError(f"{len(labels)} labels for {len(indices)} images")
-    device = model.patch_embedder.weight.device
-    batch_size = default_batch_size(device, height, width) if batch_size is None else batch_size
-    if batch_size < 1:
-        raise ValueError(f"batch size must be at least 1, not {batch_size}")
-    shape = (model.config.in_channels, height, width)
-    calls = evaluations(settings)
-
     bar = tqdm(
         total=len(indices),
         desc="sampling",
@@ -120,32 +83,38 @@ def draw(
         dynamic_ncols=True,
     )
     with bar:
-        for start in range(0, len(indices), batch_size):
-            batch = list(indices[start : start + batch_size])
-            rows = list(range(start, start + len(batch)))
-            if pad_last:
-                rows += [rows[-1]] * (batch_size - len(rows))
-            noise = torch.stack([noise_for(seed, indices[row], shape) for row in rows])
-            condition = torch.tensor([labels[row] for row in rows], device=device)
-            images = sample(
-                _Counted(model, bar, len(batch) / calls, start + len(batch)),
-                noise.to(device),
-                condition,
-                torch.full_like(condition, model.config.num_classes),
-                **dataclasses.asdict(settings),
-            )[: len(batch)]
-            _check_finite(images, batch, model.dtype)
-            bar.update(start + len(batch) - bar.n)
-            yield batch, to_uint8(images).cpu()
+        ordered = _ordered(engine, labels, indices, seed, bar)
+        # Orders to a GPU return at once: with one batch ahead it never waits for the host.
+        for batch, images, finite in _one_behind(ordered) if engine.is_ahead else ordered:
+            _check_finite(finite.cpu(), batch, engine.model.dtype)
+            yield batch, images.cpu()
 
 
-def warm_up(model: DeCo, batch_size: int, height: int, width: int, guided: bool) -> None:
-    """Call the model once for every shape that `draw` will, so that compiling is done with."""
-    device = model.patch_embedder.weight.device
-    with torch.no_grad():
-        for size in (batch_size, 2 * batch_size)[: 2 if guided else 1]:
-            x = torch.zeros(size, model.config.in_channels, height, width, device=device)
-            model(x, x.new_zeros(size), torch.zeros(size, dtype=torch.int64, device=device))
+def _ordered(
+    engine: SamplingEngine, labels: Sequence[int], indices: Sequence[int], seed: int, bar: tqdm
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Indices, images and whether each is finite, of batches that may still be computed."""
+    for start in range(0, len(indices), engine.batch_size):
+        batch = list(indices[start : start + engine.batch_size])
+        end = start + len(batch)
+        noise = torch.stack([noise_for(seed, index, engine.image_shape) for index in batch])
+
+        def advance(end: int = end, share: float = len(batch) / engine.evaluations) -> None:
+            # The fractions of a batch may add up to a little more than it.
+            bar.update(min(share, end - bar.n))
+
+        images = engine(noise, labels[start:end], advance)
+        bar.update(end - bar.n)
+        yield batch, to_uint8(images), images.isfinite().flatten(1).all(dim=1)
+
+
+def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each after the next one has been asked for."""
+    held = list(itertools.islice(items, 1))
+    for item in items:
+        yield held.pop()
+        held.append(item)
+    yield from held
 
 
 def weights_checksum(model: DeCo) -> str:
@@ -162,21 +131,7 @@ def weights_checksum(model: DeCo) -> str:
     return digest.hexdigest()
 
 
-class _Counted:
-    """A model that moves the progress bar by so many images at each call."""
-
-    def __init__(self, model: DeCo, bar: tqdm, images: float, end: int) -> None:
-        self.model, self.bar, self.images, self.end = model, bar, images, end
-
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        velocity: Tensor = self.model(x, t, y)
-        # The fractions of a batch may add up to a little more than it.
-        self.bar.update(min(self.images, self.end - self.bar.n))
-        return velocity
-
-
-def _check_finite(images: Tensor, indices: Sequence[int], dtype: torch.dtype) -> None:
-    finite = images.isfinite().flatten(1).all(dim=1)
+def _check_finite(finite: Tensor, indices: Sequence[int], dtype: torch.dtype) -> None:
     if not finite.all():
         first = indices[int(finite.logical_not().nonzero()[0])]
         remedy = (
