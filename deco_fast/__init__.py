@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from deco_fast.losses import flow_matching_loss, frequency_table
     from deco_fast.models.config import DeCoConfig
     from deco_fast.models.deco import DeCo
+    from deco_fast.sampling.engine import SamplingEngine
     from deco_fast.sampling.loop import sample
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DeCo",
     "DeCoConfig",
+    "SamplingEngine",
     "__version__",
     "flow_matching_loss",
     "frequency_table",
@@ -37,6 +39,7 @@ __all__ = [
 _HOME = {
     "DeCo": "deco_fast.models.deco",
     "DeCoConfig": "deco_fast.models.config",
+    "SamplingEngine": "deco_fast.sampling.engine",
     "flow_matching_loss": "deco_fast.losses",
     "frequency_table": "deco_fast.losses",
     "load_checkpoint": "deco_fast.checkpoint",

@@ -12,6 +12,7 @@ from deco_fast.config import load_config
 from deco_fast.evaluation.digits import DigitsEvaluator
 from deco_fast.models.presets import PRESETS
 from deco_fast.resources import pretrained_folder
+from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.run import draw, labels_for
 
 FOLDER = pretrained_folder() / "deco-digits"
@@ -41,7 +42,7 @@ def test_it_draws_the_digits_that_were_asked_for() -> None:
     """A hundred images here; `evaluate.py digits` draws the thousand of the record."""
     model = load_checkpoint(FOLDER)
     labels = labels_for(100, 10)
-    images = torch.cat([images for _, images in draw(model, labels, seed=1)])
+    images = torch.cat([images for _, images in draw(SamplingEngine(model), labels, seed=1)])
     report = DigitsEvaluator().evaluate(images, torch.tensor(labels))
     assert report.accuracy >= 0.97
     assert report.exact_copies == 0

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,19 +23,17 @@ from deco_fast.cli.sample import main
 from deco_fast.models.card import ModelCard, SamplingSettings
 from deco_fast.models.presets import PRESETS
 from deco_fast.sampling import source
+from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.noise import noise_for
 from deco_fast.sampling.recipes import recipe_settings, resolve_settings
 from deco_fast.sampling.run import (
-    default_batch_size,
+    _one_behind,
     draw,
-    evaluations,
     share,
-    warm_up,
     weights_checksum,
 )
 from deco_fast.sampling.source import checkpoint_name, newest_finished_run
 from deco_fast.sampling.writers import NpzFile
-from deco_fast.solvers import SOLVERS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = DeCoConfig(
@@ -134,7 +131,7 @@ class TestDrawing:
             guidance_scale=2.0,
         )
         drawn = np.stack(list(pngs(Path("out")).values()))
-        np.testing.assert_array_equal(drawn, to_uint8(images).numpy())
+        assert most_different(drawn, to_uint8(images).numpy()) <= 1  # rounding, at a boundary
 
     def test_weights_are_those_asked_for(self, checkpoint: Path) -> None:
         for weights in ("ema", "model"):
@@ -208,69 +205,55 @@ class TestDraw:
     @pytest.mark.parametrize("indices", [[0, 1, 2, 3, 4], [4, 2, 0, 3, 1]])
     def test_noise_is_bitwise_that_of_the_index(self, batch_size: int, indices: list[int]) -> None:
         model = tiny_model()
-        first_inputs: list[tuple[Tensor, Tensor]] = []
-        model.register_forward_pre_hook(lambda _, inputs: first_inputs.append(inputs[::2]))
+        inputs: list[Tensor] = []
+        model.decoder.register_forward_pre_hook(lambda _, given: inputs.append(given[0].clone()))
+        engine = SamplingEngine(model, SamplingSettings(steps=1), batch_size=batch_size)
         labels = [index * 2 for index in indices]
-        settings = SamplingSettings(steps=1)
-        options: dict[str, Any] = {"seed": 9, "settings": settings, "batch_size": batch_size}
-        drawn = [i for batch, _ in draw(model, labels, indices, **options) for i in batch]
+        drawn = [i for batch, _ in draw(engine, labels, indices, seed=9) for i in batch]
         assert drawn == indices
-        noise, classes = (torch.cat(inputs) for inputs in zip(*first_inputs, strict=True))
-        assert classes.tolist() == labels
+        noise = torch.cat(inputs)
         for row, index in enumerate(indices):
             assert torch.equal(noise[row], noise_for(9, index, (3, 16, 16)))
 
     def test_settings_come_from_the_card(self) -> None:
         model = tiny_model()
-        explicit = {"settings": CARD.sampling, "height": 16, "width": 16}
-        ((_, expected),) = draw(model, [0, 1], **explicit)
-        ((indices, images),) = draw(model, [0, 1])
+        explicit = SamplingEngine(model, CARD.sampling, height=16, width=16)
+        ((_, expected),) = draw(explicit, [0, 1])
+        ((indices, images),) = draw(SamplingEngine(model), [0, 1])
         assert indices == [0, 1]
         assert torch.equal(images, expected)
         assert images.dtype == torch.uint8
-        model.card = None
-        with pytest.raises(ValueError, match="no card"):
-            next(draw(model, [0, 1]))
-        next(draw(model, [0, 1], **explicit))
 
-    def test_padding_changes_shapes_and_no_image(self) -> None:
-        model = tiny_model()
-        sizes = set()
-        model.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
-        plain = torch.cat([images for _, images in draw(model, range(5), batch_size=2)])
-        assert sizes == {2, 4, 1}
-        sizes.clear()
-        padded = torch.cat(
-            [images for _, images in draw(model, range(5), batch_size=2, pad_last=True)]
-        )
-        assert sizes == {2, 4}
-        assert most_different(padded.numpy(), plain.numpy()) <= 1
+    def test_labels_belong_to_positions(self) -> None:
+        engine = SamplingEngine(tiny_model(), batch_size=2)
+        (_, both), (_, last) = draw(engine, [5, 8, 3], [7, 2, 4])
+        ((_, alone),) = draw(engine, [8], [2])
+        assert most_different(both[1:].numpy(), alone.numpy()) <= 1
+        ((_, alone),) = draw(engine, [3], [4])
+        assert most_different(last.numpy(), alone.numpy()) <= 1
 
     def test_wrong_arguments(self) -> None:
         with pytest.raises(ValueError, match="2 labels for 1 images"):
-            next(draw(tiny_model(), [0, 1], [0]))
-        with pytest.raises(ValueError, match="batch size must be at least 1, not 0"):
-            next(draw(tiny_model(), [0, 1], batch_size=0))
+            next(draw(SamplingEngine(tiny_model()), [0, 1], [0]))
 
-    @pytest.mark.parametrize("solver", SOLVERS)
-    @pytest.mark.parametrize("steps", [1, 2, 5])
-    def test_evaluations_are_as_many_as_calls(self, solver: str, steps: int) -> None:
-        model = tiny_model()
-        calls: list[None] = []
-        model.register_forward_pre_hook(lambda *_: calls.append(None))
-        settings = SamplingSettings(solver=solver, steps=steps, guidance_scale=2.0)
-        next(draw(model, [0], settings=settings))
-        assert len(calls) == evaluations(settings)
+    @pytest.mark.parametrize("count", [0, 1, 2, 5])
+    def test_drawing_ahead_loses_and_reorders_nothing(self, count: int) -> None:
+        asked: list[int] = []
+
+        def items() -> Iterator[int]:
+            for i in range(count):
+                asked.append(i)
+                yield i
+
+        for got in (behind := _one_behind(items())):
+            assert asked[-1] == min(got + 1, count - 1)
+        assert asked == list(range(count))
+        assert not list(behind)
 
     def test_every_image_has_one_process(self) -> None:
         shares = [share(11, 2, rank, 3) for rank in range(3)]
         assert shares == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10]]
         assert share(11, 2) == list(range(11))
-
-    def test_default_batch_size_is_never_zero(self) -> None:
-        assert default_batch_size(torch.device("cpu"), 32, 32) == 64
-        assert default_batch_size(torch.device("cpu"), 512, 512) == 1
-        assert default_batch_size(torch.device("cuda"), 256, 256) == 32
 
     def test_checksum_sees_every_weight(self) -> None:
         model = tiny_model()
@@ -661,20 +644,6 @@ def test_two_processes_draw_what_one_does(checkpoint: Path) -> None:
     }
     for name, image in pngs(Path("one")).items():
         np.testing.assert_array_equal(pngs(Path("two"))[name], image)
-
-
-@pytest.mark.slow
-def test_compiled_model_draws_the_same_and_compiles_nothing_while_it_draws(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    plain = torch.cat([images for _, images in draw(tiny_model(), range(5), batch_size=2)])
-    model = tiny_model()
-    model.compile(fullgraph=True, dynamic=False)
-    warm_up(model, 2, 16, 16, guided=True)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        batches = draw(model, range(5), batch_size=2, pad_last=True)
-        compiled = torch.cat([images for _, images in batches])
-    assert most_different(compiled.numpy(), plain.numpy()) <= 1
 
 
 @pytest.mark.slow

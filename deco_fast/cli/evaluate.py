@@ -23,6 +23,7 @@ from deco_fast.cli.parser import CommandParser, checked, number, one_of, whole_n
 from deco_fast.errors import UserError, run_command
 from deco_fast.evaluation.digits import DigitsEvaluator
 from deco_fast.models.deco import DeCo
+from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import save_grid
 from deco_fast.sampling.recipes import resolve_settings
 from deco_fast.sampling.run import draw, labels_for, weights_checksum
@@ -105,7 +106,7 @@ def _from_checkpoint(options: argparse.Namespace) -> _Images:
     def get() -> tuple[Tensor, Tensor]:
         because = f" ({reason})" if reason else ""
         print(f"drawing {drawing['num']:,} images with {checkpoint}{because}", flush=True)
-        batches = draw(model, labels, seed=drawing["seed"], settings=settings, progress=True)
+        batches = draw(SamplingEngine(model, settings), labels, seed=drawing["seed"], progress=True)
         return torch.cat([images for _, images in batches]), torch.tensor(labels)
 
     source: dict[str, Any] = {

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from deco_fast import __version__, ops
 from deco_fast.checkpoint import load_checkpoint, read_card, read_config
@@ -18,15 +22,16 @@ from deco_fast.guidance import check_interval
 from deco_fast.models.card import ModelCard, SamplingSettings
 from deco_fast.models.config import DeCoConfig
 from deco_fast.models.deco import DeCo
+from deco_fast.models.fp8 import fp8_problem
 from deco_fast.models.presets import preset
+from deco_fast.sampling.batch_size import default_batch_size, largest_batch_size
+from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import save_grid
 from deco_fast.sampling.recipes import recipe_settings, resolve_settings
 from deco_fast.sampling.run import (
-    default_batch_size,
     draw,
     labels_for,
     share,
-    warm_up,
     weights_checksum,
 )
 from deco_fast.sampling.source import checkpoint_name, default_checkpoint
@@ -81,7 +86,9 @@ def _plan(options: argparse.Namespace) -> _Plan:
     Raises:
         UserError: they cannot be carried out.
     """
-    pick_device(options.device)
+    device = pick_device(options.device)
+    if options.dtype == "fp8" and (problem := fp8_problem(device)):
+        raise UserError(f"--dtype fp8: {problem}")
     if options.guidance_interval:
         _check_interval(options.guidance_interval)
     if options.out:
@@ -145,20 +152,35 @@ def _run(plan: _Plan, options: argparse.Namespace, processes: Processes) -> int:
         if processes.is_main:
             print(f"{title:<11} {text}", flush=True)
 
-    device = processes.device
+    torch.set_float32_matmul_precision(options.matmul_precision)
     model = load_checkpoint(
-        plan.checkpoint, options.weights, device, DTYPES[options.dtype], options.preset
+        plan.checkpoint,
+        options.weights,
+        processes.device,
+        DTYPES[options.dtype],
+        options.preset,
+    )
+    engine_of = functools.partial(
+        SamplingEngine,
+        model,
+        plan.settings,
+        height=plan.height,
+        width=plan.width,
+        fp8=options.dtype == "fp8",
     )
     num = len(plan.labels)
-    batch_size = options.batch_size or default_batch_size(device, plan.height, plan.width)
-    batch_size = min(batch_size, -(-num // processes.world_size))
+    own_share = -(-num // processes.world_size)
+    batch_size = min(options.batch_size or _batch_size(plan, engine_of, processes), own_share)
     reason = f" ({plan.reason})" if plan.reason else ""
     say("checkpoint", f"{plan.checkpoint}, {options.weights} weights{reason}")
     for assumption in plan.card.assumed:
         say("assumed", assumption)
     say("images", f"{num:,} of {plan.height}×{plan.width}, seed {options.seed}")
     say("sampling", _describe(plan.settings))
-    say("computing", f"{options.dtype} on {processes.world_size} × {device}, batch {batch_size}")
+    say(
+        "computing",
+        f"{options.dtype} on {processes.world_size} × {processes.device}, batch {batch_size}",
+    )
 
     output = _open_output(plan, options, processes, _record(plan, options, model))
     if isinstance(output, NpzFile) and output.finished:
@@ -168,29 +190,20 @@ def _run(plan: _Plan, options: argparse.Namespace, processes: Processes) -> int:
     pending = output.pending(own)
     if len(pending) < len(own):
         say("resuming", f"{len(own) - len(pending):,} of {len(own):,} images are in {output.path}")
-    if options.compile and pending:
-        model.compile(fullgraph=True, dynamic=False)
-        say("compiling", "for the batch size, once with and once without guidance")
-        guided = plan.settings.guidance_scale != 1
-        with explain_compile_errors("leave --compile out"):
-            warm_up(model, batch_size, plan.height, plan.width, guided)
+    if pending:
+        engine = engine_of(batch_size=batch_size, compile=options.compile)
+        if options.compile:
+            say("compiling", "for the batch size, once with and once without guidance")
+            with explain_compile_errors("leave --compile out"):
+                engine.warm_up()
     processes.barrier()
 
     started = time.perf_counter()
-    batches = draw(
-        model,
-        [plan.labels[index] for index in pending],
-        pending,
-        seed=options.seed,
-        settings=plan.settings,
-        height=plan.height,
-        width=plan.width,
-        batch_size=batch_size,
-        pad_last=options.compile,
-        progress=processes.is_main,
-    )
-    for indices, images in batches:
-        output.write(indices, images)
+    if pending:
+        labels = [plan.labels[index] for index in pending]
+        batches = draw(engine, labels, pending, seed=options.seed, progress=processes.is_main)
+        for indices, images in batches:
+            output.write(indices, images)
     seconds = time.perf_counter() - started
     processes.barrier()
     if not processes.is_main:
@@ -209,6 +222,19 @@ def _run(plan: _Plan, options: argparse.Namespace, processes: Processes) -> int:
     return 0
 
 
+def _batch_size(plan: _Plan, engine_of: Callable[..., SamplingEngine], processes: Processes) -> int:
+    """On a GPU the largest batch that fits, the same for all processes."""
+    if processes.device.type != "cuda":
+        return default_batch_size(processes.device, plan.height, plan.width)
+
+    def run(size: int) -> None:
+        engine_of(batch_size=size).try_out()
+
+    own_share = -(-len(plan.labels) // processes.world_size)
+    fitting = largest_batch_size(run, plan.height, plan.width, own_share)
+    return processes.least(fitting)
+
+
 def _record(plan: _Plan, options: argparse.Namespace, model: DeCo) -> dict[str, Any]:
     """What the images are drawn with, to be kept beside them."""
     return {
@@ -221,6 +247,7 @@ def _record(plan: _Plan, options: argparse.Namespace, model: DeCo) -> dict[str, 
         "width": plan.width,
         "seed": options.seed,
         "dtype": options.dtype,
+        "matmul_precision": options.matmul_precision,
         "device": options.device,
         "deco_fast": __version__,
         **asdict(plan.settings),

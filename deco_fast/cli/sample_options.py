@@ -13,7 +13,14 @@ from deco_fast.models.presets import PRESETS, preset
 from deco_fast.sampling.recipes import RECIPES, check_recipe
 from deco_fast.solvers import MAX_ORDER, check_solver
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    # The dtype of everything but the DiT's products.
+    "fp8": torch.bfloat16,
+}
+MATMUL_PRECISIONS = ("highest", "high")
 
 
 def sample_parser() -> CommandParser:
@@ -152,16 +159,26 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--batch-size",
         type=whole_number(1),
-        help="images computed at once (default: as many as make 64 of 32×32 pixels on a CPU, 32 "
-        "of 256×256 on a GPU)",
+        help="images computed at once (default: as many as make 64 of 32×32 pixels on a CPU, as "
+        "many as fit, up to 256 of 256×256, on a GPU)",
     )
     group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     group.add_argument(
         "--dtype",
         type=one_of(tuple(DTYPES)),
         default="fp32",
-        help="of the model: fp32, bf16 or fp16 (default: %(default)s)",
+        help="of the model: fp32, bf16, fp16, or fp8 for the DiT's products on a GPU that has "
+        "them, which needs torchao (default: %(default)s)",
     )
     group.add_argument(
-        "--compile", action="store_true", help="torch.compile the model; pays in long runs"
+        "--matmul-precision",
+        type=one_of(MATMUL_PRECISIONS),
+        default="highest",
+        help="of products in fp32: high lets a GPU use TF32 and a CPU three bfloat16 products "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the model, with CUDA graphs on a GPU; the second time it starts faster",
     )

@@ -115,9 +115,7 @@ class PreparedBlock(nn.Module):
         self.mlp: nn.Module
         if layout.packed:
             self.qkv: nn.Module = PackedLinear(qkv, None, layout)
-            self.proj: nn.Module = PackedLinear(
-                attention.proj.weight, attention.proj.bias, layout
-            )
+            self.proj: nn.Module = PackedLinear(attention.proj.weight, attention.proj.bias, layout)
             self.mlp = PackedSwiGLU(block.mlp, layout)
         else:
             self.qkv = _linear(qkv, None)

@@ -9,8 +9,8 @@ The host gives orders and never waits for an answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +96,7 @@ class SamplingEngine:
         self.evaluations = len(self._evaluations)
         self._state_dtype = torch.promote_types(model.dtype, torch.float32)
         self._compiled = compile
+        self._run_step, self._run_decode, self._run_move = self._step, self._decode, self._move
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         with torch.inference_mode():
             self._prepare(table_bytes)
@@ -114,17 +115,16 @@ class SamplingEngine:
         self._rotary = prepared_rotary_table(
             height // config.patch_size, width // config.patch_size, config.head_dim, device
         )
-        new = {"device": device, "dtype": self._state_dtype}
-        self._weights = torch.tensor([e.weights for e in self._evaluations], **new)
+        shape = (self.batch_size, *self.image_shape)
+        self._x = torch.zeros(shape, dtype=self._state_dtype, device=device)
+        self._weights = self._x.new_tensor([e.weights for e in self._evaluations])
+        self._velocities = self._x.new_zeros(self._weights.shape[1], *shape)
         self._table = ModulationTable(
             self.model,
-            torch.tensor([e.t for e in self._evaluations], **new),
+            self._x.new_tensor([e.t for e in self._evaluations]),
             min(self.batch_size, config.num_classes) + 1,
             table_bytes,
         )
-        shape = (self.batch_size, *self.image_shape)
-        self._x = torch.zeros(shape, **new)
-        self._velocities = torch.zeros(self._weights.shape[1], *shape, **new)
         # Which evaluation this is, among all and among those that the table holds.
         self._index = torch.zeros(2, 1, dtype=torch.int64, device=device)
         # The table's row of each input: first those of the unconditional half.
@@ -132,39 +132,52 @@ class SamplingEngine:
 
     def _compile(self) -> None:
         if self.model.config.depth <= _ONE_GRAPH_DEPTH:
-            self._step = torch.compile(self._step, fullgraph=True, dynamic=False)
+            self._run_step = torch.compile(self._step, fullgraph=True, dynamic=False)
             return
         for block in self._blocks:
             block.compile(fullgraph=True, dynamic=False)
-        self._move = torch.compile(self._move, fullgraph=True, dynamic=False)
+        self._run_decode = torch.compile(self._decode, fullgraph=True, dynamic=False)
+        self._run_move = torch.compile(self._move, fullgraph=True, dynamic=False)
+
+    def try_out(self) -> None:
+        """Evaluate the model once for each number of inputs that a batch will bring.
+
+        Raises:
+            torch.OutOfMemoryError: the batch is too large.
+        """
+        with torch.inference_mode():
+            for guided in self._kinds():
+                self._evaluate(guided, self.batch_size)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def warm_up(self) -> None:
         """Compile, and record CUDA graphs, so that the first batch takes no longer than others."""
-        if not self._compiled:
-            return
-        with torch.inference_mode():
-            self._table.fill(0, [0])
-            for guided in sorted({e.guided for e in self._evaluations}):
-                self._index.zero_()
-                self._rows.zero_()
-                if self._device.type == "cuda":
-                    self._graphs[guided] = self._record(guided)
-                else:
-                    self._evaluate(guided, self.batch_size)
+        self.try_out()
+        if self._compiled and self._device.type == "cuda":
+            with torch.inference_mode():
+                # One after the other and never at once, so they may share their memory.
+                pool = torch.cuda.graph_pool_handle()
+                self._graphs = {guided: self._record(guided, pool) for guided in self._kinds()}
 
-    def _record(self, guided: bool) -> torch.cuda.CUDAGraph:
-        # What compiles or allocates for good must happen before, on another stream than the one
-        # that records.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._index.zero_()
-                self._evaluate(guided, self.batch_size)
-        torch.cuda.current_stream().wait_stream(stream)
+    def _kinds(self) -> Iterator[bool]:
+        """With and without guidance, as far as the run has both; of each the first evaluation."""
+        self._table.fill(0, [0])
+        for guided in sorted({e.guided for e in self._evaluations}, reverse=True):
+            self._index.zero_()
+            self._rows.zero_()
+            yield guided
+
+    def _record(self, guided: bool, pool: Any) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        with torch.cuda.graph(graph, pool=pool):
+        # Libraries take their workspaces at the first call on a stream, which must not be recorded.
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            self._evaluate(guided, self.batch_size)
+            self._index.zero_()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        with torch.cuda.graph(graph, pool, stream):
             self._evaluate(guided, self.batch_size)
         return graph
 
@@ -225,7 +238,7 @@ class SamplingEngine:
     def _evaluate(self, guided: bool, size: int) -> None:
         """Evaluate the first `size` images and move them."""
         x, velocities = self._x[:size], self._velocities[:, :size]
-        new_x, new_velocities = self._step(
+        new_x, new_velocities = self._run_step(
             x, velocities, self._index, self._rows[: 2 * size], self._table.values, guided
         )
         x.copy_(new_x)
@@ -246,7 +259,7 @@ class SamplingEngine:
         modulation = table.index_select(0, index[1])[0].index_select(0, rows)
         temb = self._table.time_embedding.index_select(0, index[0])
         velocity = self._velocity(x.repeat(2, 1, 1, 1) if guided else x, modulation, temb)
-        return self._move(x, velocities, velocity, self._weights.index_select(0, index[0])[0])
+        return self._run_move(x, velocities, velocity, self._weights.index_select(0, index[0])[0])
 
     def _velocity(self, x: Tensor, modulation: Tensor, temb: Tensor) -> Tensor:
         model = self.model
@@ -254,7 +267,10 @@ class SamplingEngine:
         s = model.patch_embedder(patchify(x, model.config.patch_size))
         for i, block in enumerate(self._blocks):
             s = block(s, modulation[:, i], self._rotary)
-        return model.decoder(x, F.silu(temb + s))
+        return self._run_decode(x, s, temb)
+
+    def _decode(self, x: Tensor, s: Tensor, temb: Tensor) -> Tensor:
+        return self.model.decoder(x, F.silu(temb + s))
 
     def _move(
         self, x: Tensor, velocities: Tensor, velocity: Tensor, weights: Tensor

@@ -42,6 +42,14 @@ class Processes:
         dist.all_reduce(counts, op=dist.ReduceOp.MAX)
         return counts.bool().cpu()
 
+    def least(self, value: int) -> int:
+        """The smallest value of all processes."""
+        if self.world_size == 1:
+            return value
+        values = torch.tensor(value, device=self.device)
+        dist.all_reduce(values, op=dist.ReduceOp.MIN)
+        return int(values)
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean of a tensor over all processes."""
         if self.world_size > 1:

@@ -15,6 +15,7 @@ from torch import Tensor
 from deco_fast.alignment import load_encoder
 from deco_fast.config import RunConfig
 from deco_fast.errors import UserError
+from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import save_grid
 from deco_fast.sampling.run import draw, labels_for
 from deco_fast.training import state
@@ -127,7 +128,9 @@ class Trainer:
         if not self.processes.is_main:
             return
         labels = labels_for(self.config.output.sample_count, self.config.model.num_classes)
-        batches = draw(self.training.ema.model, labels, seed=self.config.training.seed)
+        batches = draw(
+            SamplingEngine(self.training.ema.model), labels, seed=self.config.training.seed
+        )
         images = torch.cat([images for _, images in batches])
         path = self.folder.path / "samples" / f"step-{self.step:08d}.png"
         save_grid(images, path)

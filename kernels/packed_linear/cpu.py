@@ -84,5 +84,6 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, swiglu: bool
 ) -> Tensor:
     """See `deco_fast.kernels.registration`."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return _C.packed_linear(rows, weight, bias, out_features, swiglu).view(*x.shape[:-1], -1)
+    rows = x.flatten(0, -2).contiguous()
+    result = _C.packed_linear(rows, weight, bias, out_features, swiglu)
+    return result.view(*x.shape[:-1], result.shape[-1])
