@@ -90,7 +90,7 @@ def test_wrong_tensors_are_refused() -> None:
         packed_linear(x.bfloat16(), packed, None, 70)
     with pytest.raises(RuntimeError, match="bias must be"):
         packed_linear(x, packed, bias[:3], 70)
-    with pytest.raises(ValueError, match="must be even"):
+    with pytest.raises(RuntimeError, match="must be even"):
         pack(torch.zeros(4, 3, dtype=torch.bfloat16))
 
 
