@@ -167,6 +167,8 @@ class Compare:
         backward: bool,
         compile_fused: bool,
         bfloat16_tolerance: float = BFLOAT16_TOLERANCE,
+        rows: dict[Variant, str | None] | None = None,
+        min_rounds: int = MIN_ROUNDS,
     ) -> Comparison:
         """Compare all variants of one task.
 
@@ -180,6 +182,8 @@ class Compare:
             backward: whether a call makes gradients, and so keeps tensors for them.
             compile_fused: whether torch.compile has anything to do around a fused op.
             bfloat16_tolerance: relative error up to which a variant in bf16 counts as right.
+            rows: other variants than all backends, and why one cannot be timed here.
+            min_rounds: of the measurement, whatever its time.
 
         Raises:
             AssertionError: a variant's results differ from the float32 reference's.
@@ -193,7 +197,8 @@ class Compare:
         torch.compiler.reset()
         gc.collect()
 
-        rows = variants(machine, op_names, precisions, compile_fused)
+        if rows is None:
+            rows = variants(machine, op_names, precisions, compile_fused)
         runnable = [variant for variant, reason in rows.items() if reason is None]
         reference = Variant(REFERENCE, compiled=False, precision=FLOAT32)
         expected = _runner(reference, build(reference))()
@@ -220,7 +225,7 @@ class Compare:
 
         turns = Turns({variant.name: run for variant, run in runners.items()}, machine.clock)
         fitting = int(self._seconds / turns.calibrate())
-        rounds = fitting if self._seconds == 0 else min(max(fitting, MIN_ROUNDS), MAX_ROUNDS)
+        rounds = fitting if self._seconds == 0 else min(max(fitting, min_rounds), MAX_ROUNDS)
         self._benchmark.pedantic(turns.round, rounds=max(rounds, 1))
 
         label = DTYPE_LABEL[compute_dtype]

@@ -78,6 +78,12 @@ def settings(request: pytest.FixtureRequest) -> Settings:
 
 
 @pytest.fixture
+def machine(request: pytest.FixtureRequest) -> Machine:
+    """The device that everything runs on, and what it can do."""
+    return request.config.stash[_SESSION].machine
+
+
+@pytest.fixture
 def compare(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Compare:
     """Runs a comparison and keeps its outcome for the summary."""
     session = request.config.stash[_SESSION]

@@ -1,35 +1,71 @@
-"""Drawing images by the plain loop, with the guidance that the preset recommends."""
+"""Drawing images: the engine against the loop as it was published.
+
+The published loop evaluates both halves at every step, guided or not, and computes every block's
+modulation inside the block. The engine skips the unconditional half where guidance does not act:
+a gain of the recipe's interval and no speed of the code. So it is timed with guidance at all times
+too, but at t = 0, where there is never any.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks.comparison import Compare, Subject
+from benchmarks.comparison import MIN_ROUNDS, Compare, Subject
 from benchmarks.inputs import normal, randomize
+from benchmarks.machine import Machine
 from benchmarks.settings import Settings
-from benchmarks.variants import AUTOCAST, BFLOAT16, FLOAT32, Precision, Variant
+from benchmarks.variants import (
+    AUTOCAST,
+    BFLOAT16,
+    FLOAT32,
+    REFERENCE,
+    Precision,
+    Variant,
+    fastest_backend,
+)
 from benchmarks.work import FLOAT32_BYTES, Images, parameter_count, sampling_work
-from deco_fast.guidance import guidance_active
+from deco_fast.guidance import guide
+from deco_fast.models.card import SamplingSettings
 from deco_fast.models.deco import DeCo
 from deco_fast.models.presets import PRESETS
-from deco_fast.sampling.loop import sample
+from deco_fast.sampling.engine import SamplingEngine
+from deco_fast.sampling.schedule import schedule
 from deco_fast.solvers import time_grid
 
 DIGITS_BATCH = 4
 DIGITS_STEPS = 100
 # Of the large models a tenth of a run: every step takes the same time.
 PAPER_STEPS = 10
+PAPER_ROUNDS = 3
+
+ENGINE = "engine"
+HIGH = "engine, matmul precision high"
 
 
 @pytest.mark.parametrize("precisions", [(FLOAT32,), (AUTOCAST, BFLOAT16)], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["deco-digits", pytest.param("deco-xl", marks=pytest.mark.paper)])
+@pytest.mark.parametrize(
+    ("name", "everywhere"),
+    [
+        ("deco-digits", True),
+        pytest.param("deco-xl", True, marks=pytest.mark.paper),
+        pytest.param("deco-xl", False, marks=pytest.mark.paper),
+    ],
+    ids=["deco-digits", "deco-xl, guided at all times", "deco-xl, as recommended"],
+)
 def test_sampling(
     compare: Compare,
+    machine: Machine,
     settings: Settings,
     name: str,
+    everywhere: bool,
     precisions: tuple[Precision, ...],
 ) -> None:
     config, card = PRESETS[name]
@@ -37,44 +73,46 @@ def test_sampling(
     steps = 2 if settings.trial else DIGITS_STEPS if digits else PAPER_STEPS
     batch = 1 if settings.trial or not digits else DIGITS_BATCH
     images = Images(batch, card.height, card.width)
-    settings.require_memory(2 * FLOAT32_BYTES * parameter_count(config))
+    settings.require_memory(4 * FLOAT32_BYTES * parameter_count(config))
     device = settings.device
     noise = normal(batch, 3, card.height, card.width).to(device)
-    labels = (torch.arange(batch) % config.num_classes).to(device)
-    recipe = card.sampling
-    guided_steps = sum(
-        guidance_active(t, recipe.guidance_interval, closed_end=True)
-        for t in time_grid(steps, recipe.time_shift)[:-1]
-    )
+    labels = [i % config.num_classes for i in range(batch)]
+    recipe = replace(card.sampling, steps=steps)
+    if everywhere:
+        recipe = replace(recipe, guidance_interval=(0.0, 1.0))
+    guided_steps = sum(evaluation.guided for evaluation in schedule(recipe))
 
     @cache
     def model_in(dtype: torch.dtype) -> DeCo:
-        model = DeCo(config)
+        model = DeCo(config, card)
         randomize(model)
-        return model.to(device, dtype)
+        return model.to(device, dtype).requires_grad_(False)
 
     def build(variant: Variant) -> Subject:
-        model = variant.compile(model_in(variant.precision.dtype))
+        model = model_in(variant.precision.dtype)
+        if variant.is_baseline:
+            compiled = variant.compile(model)
 
-        def run() -> dict[str, torch.Tensor]:
-            with variant.autocast(device):
-                drawn = sample(
-                    model,
-                    noise,
-                    labels,
-                    steps=steps,
-                    guidance_scale=recipe.guidance_scale,
-                    guidance_interval=recipe.guidance_interval,
-                    time_shift=recipe.time_shift,
-                )
-            return {"images": drawn}
+            def loop() -> dict[str, Tensor]:
+                with variant.autocast(device):
+                    drawn = published_loop(compiled, noise, labels, recipe, config.num_classes)
+                return {"images": drawn}
+
+            return Subject(loop)
+        with _matmul_precision(variant):
+            engine = SamplingEngine(model, recipe, batch_size=batch, compile=variant.compiled)
+            engine.warm_up()
+
+        def run() -> dict[str, Tensor]:
+            with _matmul_precision(variant):
+                return {"images": engine(noise, labels)}
 
         return Subject(run)
 
     compare(
         f"sampling, {name}",
-        f"plain loop, {steps} Euler steps, {guided_steps} of them with guidance "
-        f"{recipe.guidance_scale}, {images}",
+        f"{steps} Euler steps, guidance {recipe.guidance_scale} in "
+        f"{recipe.guidance_interval}, {guided_steps} steps with it, {images}",
         op_names=("pixel_decoder",),
         precisions=precisions,
         build=build,
@@ -83,4 +121,51 @@ def test_sampling(
         ),
         backward=False,
         compile_fused=True,
+        rows=_rows(machine, precisions),
+        min_rounds=MIN_ROUNDS if digits else PAPER_ROUNDS,
     )
+
+
+def published_loop(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    noise: Tensor,
+    labels: list[int],
+    settings: SamplingSettings,
+    null_class: int,
+) -> Tensor:
+    """Euler's method with both halves at every step, as it was published (B.13)."""
+    classes = torch.tensor(labels, device=noise.device)
+    both = torch.cat([torch.full_like(classes, null_class), classes])
+    x = noise
+    times = time_grid(settings.steps, settings.time_shift)
+    with torch.no_grad():
+        for (t, t_next), evaluation in zip(pairwise(times), schedule(settings), strict=True):
+            scale = settings.guidance_scale if evaluation.guided else 1.0
+            velocity = model(torch.cat([x, x]), x.new_full((len(both),), t), both)
+            x = x + (t_next - t) * guide(*velocity.float().chunk(2), scale)
+    return x
+
+
+def _rows(machine: Machine, precisions: tuple[Precision, ...]) -> dict[Variant, str | None]:
+    rows: dict[Variant, str | None] = {}
+    backend = fastest_backend(machine, "pixel_decoder")
+    for precision in precisions:
+        rows[Variant(REFERENCE, False, precision)] = None
+        rows[Variant(REFERENCE, True, precision)] = machine.no_compiler
+        if precision.autocast:  # the engine has its weights in the dtype that it computes in
+            continue
+        rows[Variant(backend, False, precision, ENGINE)] = None
+        rows[Variant(backend, True, precision, ENGINE)] = machine.no_compiler
+        if precision == FLOAT32:
+            rows[Variant(backend, True, precision, HIGH)] = machine.no_compiler
+    return rows
+
+
+@contextmanager
+def _matmul_precision(variant: Variant) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if variant.part == HIGH else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,4 +1,4 @@
-"""What is compared: a backend of the ops, eager or compiled, in a precision."""
+"""What is compared: a backend of the ops or a larger part, eager or compiled, in a precision."""
 
 from __future__ import annotations
 
@@ -37,22 +37,30 @@ BACKENDS_ON = {"cpu": (REFERENCE, "cpp"), "cuda": (REFERENCE, "triton")}
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a comparison."""
+    """One row of a comparison.
+
+    Attributes:
+        backend: of the ops.
+        compiled: by torch.compile.
+        precision: of weights and inputs.
+        part: what stands in for the task as the reference does it, where that is more than ops.
+    """
 
     backend: str
     compiled: bool
     precision: Precision
+    part: str | None = None
 
     @property
     def name(self) -> str:
-        """For people: backend, way of running, precision."""
+        """For people: backend or part, way of running, precision."""
         way = "torch.compile" if self.compiled else "eager"
-        return f"{self.backend}, {way}, {self.precision.label}"
+        return f"{self.part or self.backend}, {way}, {self.precision.label}"
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the fused kernels must beat it."""
-        return self.backend == REFERENCE
+        """Whether ours must beat it."""
+        return self.backend == REFERENCE and self.part is None
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, compiled if this variant is.
@@ -68,6 +76,12 @@ class Variant:
         if self.precision.autocast:
             return torch.autocast(device.type, torch.bfloat16)
         return nullcontext()
+
+
+def fastest_backend(machine: Machine, op: str) -> str:
+    """The fused backend of the device, or the reference where that is absent."""
+    fused = BACKENDS_ON[machine.device.type][1]
+    return REFERENCE if ops.backends()[op][fused] else fused
 
 
 def variants(
