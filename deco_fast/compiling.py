@@ -1,13 +1,25 @@
-"""torch.compile needs a compiler at run time; without one the user gets a line, not a traceback."""
+"""torch.compile for the commands: a cache that lasts, and a line where there is no compiler."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from torch._dynamo.exc import BackendCompilerFailed
 
 from deco_fast.errors import UserError
+
+
+def keep_compiled_code() -> None:
+    """Have torch.compile keep what it makes in the user's cache folder, for the next process.
+
+    Torch's own place for it is the folder for temporary files, which does not outlive a restart of
+    the machine, or of the container. TORCHINDUCTOR_CACHE_DIR, where it is set, stays as it is.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(base) / "deco_fast" / "inductor"))
 
 
 @contextmanager

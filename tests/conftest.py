@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # A test that needed a download would pass or fail with the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The commands would keep what they compile in the user's cache folder.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "deco_fast_tests_inductor")
+)
 
 import hypothesis
 import pytest

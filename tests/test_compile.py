@@ -7,6 +7,7 @@ What Inductor makes of the graph takes half a minute to compile and is marked sl
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from collections.abc import Iterator
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from deco_fast import DeCo, DeCoConfig, flow_matching_loss, frequency_table, sample
+from deco_fast.compiling import keep_compiled_code
 
 CONFIG = DeCoConfig(
     hidden_size=32,
@@ -148,3 +150,13 @@ def test_inductor_trains_like_eager_at_two_batch_sizes() -> None:
             assert ours.grad is not None and theirs.grad is not None, name
             assert relative_error(ours.grad, theirs.grad) <= 1e-4, name
     assert counter.frame_count == 1
+
+
+def test_compiled_code_is_kept_where_the_user_keeps_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/somewhere/deco_fast/inductor"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
+    keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"

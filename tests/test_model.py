@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from torch import Tensor
 from deco_fast import DeCo, DeCoConfig, ops
 from deco_fast.errors import UserError
 from deco_fast.models import attention as attention_module
-from deco_fast.models.attention import attention
+from deco_fast.models.attention import activate_flash_attention, attention
 
 TOLERANCE = 1e-5
 """Relative, in float32: an independent implementation came within 1.7e-6 of the goldens."""
@@ -503,3 +504,36 @@ def test_the_whole_model_can_run_on_flash_attn(flash_calls: list[tuple[int, ...]
     velocity = model(x.as_subclass(AsIfOnCuda), t, y).as_subclass(Tensor)
     assert flash_calls == [(2, 6, 2, 8)] * 2
     assert relative_error(velocity, expected) <= 0.05
+
+
+@pytest.fixture
+def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU of compute capability 9.0, and none of torch's switch turned on."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    yield
+    torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
+
+
+def test_flash_attention_3_is_activated_where_it_is_installed(
+    as_if_on_hopper: None,
+    flash_calls: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    handle = SimpleNamespace(remove=lambda: None)
+    monkeypatch.setitem(torch.nn.attention._registry._FLASH_ATTENTION_IMPLS, "FA3", lambda: handle)
+    assert activate_flash_attention(torch.device("cuda")) == "FA3"
+    assert activate_flash_attention(torch.device("cuda")) == "FA3"
+    q, k, v = (tensor.as_subclass(AsIfOnCuda) for tensor in qkv(8, torch.bfloat16))
+    attention(q, k, v)
+    assert flash_calls == []  # torch's own function, which FA3 then serves
+
+
+def test_flash_attention_that_is_not_installed_is_no_error(
+    as_if_on_hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise ModuleNotFoundError("flash_attn_interface")
+
+    monkeypatch.setitem(torch.nn.attention._registry._FLASH_ATTENTION_IMPLS, "FA3", missing)
+    assert activate_flash_attention(torch.device("cuda")) is None
+    assert activate_flash_attention(torch.device("cpu")) is None

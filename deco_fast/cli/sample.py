@@ -16,9 +16,10 @@ from deco_fast import __version__, ops
 from deco_fast.checkpoint import load_checkpoint, read_card, read_config
 from deco_fast.checkpoint.find import locate
 from deco_fast.cli.sample_options import DTYPES, sample_parser
-from deco_fast.compiling import explain_compile_errors
+from deco_fast.compiling import explain_compile_errors, keep_compiled_code
 from deco_fast.errors import UserError, run_command
 from deco_fast.guidance import check_interval
+from deco_fast.models.attention import activate_flash_attention
 from deco_fast.models.card import ModelCard, SamplingSettings
 from deco_fast.models.config import DeCoConfig
 from deco_fast.models.deco import DeCo
@@ -153,6 +154,7 @@ def _run(plan: _Plan, options: argparse.Namespace, processes: Processes) -> int:
             print(f"{title:<11} {text}", flush=True)
 
     torch.set_float32_matmul_precision(options.matmul_precision)
+    activate_flash_attention(processes.device)
     model = load_checkpoint(
         plan.checkpoint,
         options.weights,
@@ -194,6 +196,7 @@ def _run(plan: _Plan, options: argparse.Namespace, processes: Processes) -> int:
         engine = engine_of(batch_size=batch_size, compile=options.compile)
         if options.compile:
             say("compiling", "for the batch size, once with and once without guidance")
+            keep_compiled_code()
             with explain_compile_errors("leave --compile out"):
                 engine.warm_up()
     processes.barrier()

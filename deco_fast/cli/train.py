@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deco_fast import ops
 from deco_fast.cli.parser import CommandParser
-from deco_fast.compiling import explain_compile_errors
+from deco_fast.compiling import explain_compile_errors, keep_compiled_code
 from deco_fast.config import RunConfig, load_config, option_help
 from deco_fast.errors import UserError, nearest, run_command
 from deco_fast.training.distributed import Processes, join_processes
@@ -61,6 +61,7 @@ def _train(config: RunConfig, path: Path, processes: Processes) -> int:
         f"{len(trainer.dataset):,} images, {config.training.batch_size} a step, "
         f"{processes.world_size} × {processes.device}, {config.training.precision}"
     )
+    keep_compiled_code()
     with explain_compile_errors("set --training.compile false"):
         interrupt = trainer.run()
     if trainer.step < config.training.steps:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import attention as registry
 
 from deco_fast.models.embeddings import apply_rotary
 from deco_fast.models.norm import RMSNorm
@@ -16,11 +17,37 @@ except ImportError:
     flash_attn = None
 
 
+# FlashAttention 3 is Hopper's; 4 takes its place on Blackwell.
+_TORCH_SWITCH = {9: "FA3", 10: "FA4"}
+
+
+def activate_flash_attention(device: torch.device) -> str | None:
+    """Have `scaled_dot_product_attention` use FlashAttention 3 or 4 where that is installed.
+
+    For the commands, once at their start: it changes torch for the whole process. A choice that
+    was made before is left alone.
+
+    Returns:
+        The name of what is active, "FA3" or "FA4", or None for torch's own kernels.
+    """
+    active = registry.current_flash_attention_impl()
+    if active is not None or device.type != "cuda":
+        return active
+    name = _TORCH_SWITCH.get(torch.cuda.get_device_capability(device)[0])
+    if name in registry.list_flash_attention_impls():
+        try:
+            registry.activate_flash_attention_impl(name)
+        except (ImportError, RuntimeError):  # the package is not installed, or is another version
+            return None
+    return registry.current_flash_attention_impl()
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √head_dim) v for (B, heads, L, head_dim), unmasked.
 
-    flash-attn where it is installed and takes the tensors (CUDA, bf16 or fp16, head size a
-    multiple of 8 up to 256), else torch's own choice of kernel.
+    FlashAttention 3 or 4 where `activate_flash_attention` found it; else flash-attn 2 where it is
+    installed and takes the tensors (CUDA, bf16 or fp16, head size a multiple of 8 up to 256); else
+    torch's own choice of kernel. All of these take DeCo-XL's head size of 72 as it is.
     """
     head_dim = q.shape[-1]
     if (
@@ -29,6 +56,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         and q.dtype in (torch.bfloat16, torch.float16)
         and head_dim % 8 == 0
         and head_dim <= 256
+        and registry.current_flash_attention_impl() is None
     ):
         out = flash_attn.flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return out.transpose(1, 2)
