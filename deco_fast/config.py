@@ -109,9 +109,18 @@ class TrainingConfig(_Section):
     betas: tuple[Probability, Probability] = Field((0.9, 0.999), description="of AdamW")
     weight_decay: NonNegative = 0.0
     gradient_clipping: Positive | None = Field(None, description="largest norm of the gradient")
+    explosion_factor: Annotated[float, Field(gt=1)] | None = Field(
+        20.0, description="a loss so many times the mean of the last 100 stops the run; null: off"
+    )
     ema_decay: Probability = Field(0.9999, description="of the averaged weights")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: autocast, fp32 weights")
-    compile: bool = Field(True, description="torch.compile the model")
+    compile: bool = Field(True, description="torch.compile the model and the loss")
+    recompute_activations: bool = Field(
+        False, description="compute the DiT blocks again in the backward pass: less memory, slower"
+    )
+    distribution: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="over processes: a copy of the weights each, or FSDP2's shards"
+    )
     seed: Annotated[int, Field(ge=0)] = 0
     init_from: str | None = Field(
         None, description="begin with a checkpoint's weights; --init-from for short"
@@ -126,6 +135,9 @@ class OutputConfig(_Section):
     sample_count: Count = Field(40, description="images in such a grid")
     checkpoint_every: Count = Field(5000, description="steps between checkpoints")
     keep_checkpoints: Count = Field(3, description="the newest ones that are kept")
+    wandb_project: str | None = Field(
+        None, description="send what TensorBoard gets to this project of Weights & Biases as well"
+    )
 
 
 class RunConfig(_Section):

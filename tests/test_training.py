@@ -25,7 +25,7 @@ from deco_fast.training.batches import Batches, open_dataset
 from deco_fast.training.distributed import Processes
 from deco_fast.training.draws import Draws, draw_step
 from deco_fast.training.ema import ExponentialMovingAverage
-from deco_fast.training.step import TrainingStep, learning_rate
+from deco_fast.training.step import StepFigures, TrainingStep, learning_rate
 
 ROOT = Path(__file__).parent.parent
 
@@ -123,7 +123,7 @@ def test_a_stopped_run_resumes_bit_identically(
     # SIGTERM arrives during step 3.
     original = TrainingStep.__call__
 
-    def stop_at_three(self: TrainingStep, step: int, batch: Batch) -> dict[str, torch.Tensor]:
+    def stop_at_three(self: TrainingStep, step: int, batch: Batch) -> StepFigures:
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, step, batch)
@@ -153,7 +153,7 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(
     run(tmp_path / "whole", 5, *options)
     original = TrainingStep.__call__
 
-    def die_at_four(self: TrainingStep, step: int, batch: Batch) -> dict[str, torch.Tensor]:
+    def die_at_four(self: TrainingStep, step: int, batch: Batch) -> StepFigures:
         if step == 3:
             raise RuntimeError("power cut")
         return original(self, step, batch)
@@ -385,7 +385,7 @@ def test_the_average_follows_its_formula() -> None:
     for _ in range(3):
         with torch.no_grad():
             model.get_parameter(name).add_(1.0)
-        ema.update()
+        ema.update(model)
         expected = 0.9 * expected + 0.1 * model.get_parameter(name).double()
     assert torch.allclose(ema.model.get_parameter(name).double(), expected, atol=1e-6)
     assert not ema.model.get_parameter(name).requires_grad

@@ -62,8 +62,8 @@ def atomic_folder(folder: Path, owned: Collection[str]) -> Iterator[Path]:
         _remove_temporaries(folder.parent, folder.name)
         temporary.mkdir()
         yield temporary
-        for file in temporary.iterdir():
-            _flush(file)
+        for entry in temporary.rglob("*"):
+            (_flush_folder if entry.is_dir() else _flush)(entry)
         _flush_folder(temporary)
         _swap(temporary, folder)
     except _WRITE_ERRORS as error:

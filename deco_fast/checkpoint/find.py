@@ -6,11 +6,13 @@ import difflib
 import os
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from deco_fast.checkpoint.atomic import PREVIOUS_SUFFIX, previous_or_self
+from deco_fast.checkpoint.checksums import has_noted_sizes
 from deco_fast.checkpoint.format import PROJECTOR_FILE, TRAINING_FILE, WEIGHTS, weights_file
 from deco_fast.checkpoint.source import read_header
 from deco_fast.errors import UserError
@@ -22,20 +24,25 @@ _STEP_FOLDER = re.compile(rf"step-(\d+)({re.escape(PREVIOUS_SUFFIX)})?")
 def newest_checkpoint(folder: str | Path) -> Path | None:
     """The checkpoint folder of the latest step in a run folder or its `checkpoints` folder.
 
-    Temporary, incomplete and damaged ones are passed over. None if there is no other.
+    Temporary, incomplete and truncated ones are passed over. None if there is no other.
     """
+    return next(complete_checkpoints(folder), None)
+
+
+def complete_checkpoints(folder: str | Path) -> Iterator[Path]:
+    """The checkpoint folders that `newest_checkpoint` chooses from, the latest step first."""
     folder = Path(folder)
     if (folder / "checkpoints").is_dir():
         folder = folder / "checkpoints"
     if not folder.is_dir():
-        return None
+        return
     found = [
         (int(match[1]), match[2] is None, entry)
         for entry in folder.iterdir()
         if (match := _STEP_FOLDER.fullmatch(entry.name)) and entry.is_dir()
     ]
     # Of two folders of a step the one that was about to be replaced comes last.
-    return next((entry for *_, entry in sorted(found, reverse=True) if is_complete(entry)), None)
+    yield from (entry for *_, entry in sorted(found, reverse=True) if is_complete(entry))
 
 
 def is_complete(folder: Path) -> bool:
@@ -54,6 +61,7 @@ def is_complete(folder: Path) -> bool:
         bool(headers)
         and all(path.exists() for path in listed)
         and (not training.exists() or zipfile.is_zipfile(training))
+        and has_noted_sizes(folder)
     )
 
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from deco_fast.checkpoint.checksums import CHECKSUMS_FILE
 from deco_fast.errors import UserError
 from deco_fast.models.card import ModelCard
 from deco_fast.models.config import DeCoConfig
@@ -18,6 +19,9 @@ WEIGHTS = ("model", "ema")
 
 TRAINING_FILE = "training.pt"
 
+OPTIMIZER_FOLDER = "optimizer"
+"""Its state where several processes share it (FSDP2), as they wrote it, in safetensors."""
+
 
 def weights_file(weights: str) -> str:
     """The file of a checkpoint folder that holds these weights."""
@@ -26,7 +30,13 @@ def weights_file(weights: str) -> str:
 
 PROJECTOR_FILE = "projector.safetensors"
 
-FOLDER_FILES = (*map(weights_file, WEIGHTS), PROJECTOR_FILE, TRAINING_FILE)
+FOLDER_FILES = (
+    *map(weights_file, WEIGHTS),
+    PROJECTOR_FILE,
+    TRAINING_FILE,
+    OPTIMIZER_FOLDER,
+    CHECKSUMS_FILE,
+)
 """Everything that a checkpoint folder can hold."""
 
 

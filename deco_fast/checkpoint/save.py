@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deco_fast.checkpoint.atomic import atomic_file, atomic_folder
+from deco_fast.checkpoint.checksums import CHECKSUMS_FILE, write_checksums
 from deco_fast.checkpoint.format import (
     FOLDER_FILES,
+    OPTIMIZER_FOLDER,
     PROJECTOR_FILE,
     TRAINING_FILE,
     WEIGHTS,
@@ -35,8 +37,9 @@ def save_checkpoint(
     training: Mapping[str, Any] | None = None,
     projector: Mapping[str, Tensor] | None = None,
     config: DeCoConfig | None = None,
+    optimizer_folder: Path | None = None,
 ) -> Path:
-    """Write a checkpoint folder: model.safetensors, ema.safetensors, training.pt.
+    """Write a checkpoint folder: model.safetensors, ema.safetensors, training.pt, checksums.
 
     A checkpoint that is already there is replaced only once the new one is on the disk.
 
@@ -49,6 +52,8 @@ def save_checkpoint(
             numbers and tensors, nothing else.
         projector: tensors of REPA's projector, for a file of their own: projector.safetensors.
         config: the network's shape, where `model` and `ema` are state dicts.
+        optimizer_folder: the optimizer's state as several processes wrote it, on the same disk;
+            it is moved into the checkpoint.
 
     Returns:
         The folder.
@@ -68,6 +73,9 @@ def save_checkpoint(
     if training is not None:
         _check_plain(training, "training")
         files.append(TRAINING_FILE)
+    if optimizer_folder is not None:
+        files.append(OPTIMIZER_FOLDER)
+    files.append(CHECKSUMS_FILE)
     folder = Path(folder)
     with atomic_folder(folder, owned=FOLDER_FILES) as temporary:
         for name in names:
@@ -79,6 +87,9 @@ def save_checkpoint(
             _write_tensors(temporary / PROJECTOR_FILE, projector, {})
         if training is not None:
             write_torch(temporary / TRAINING_FILE, training)
+        if optimizer_folder is not None:
+            optimizer_folder.rename(temporary / OPTIMIZER_FOLDER)
+        write_checksums(temporary)
     return folder
 
 

@@ -13,6 +13,7 @@ from deco_fast.errors import UserError, nearest, run_command
 from deco_fast.training.distributed import Processes, join_processes
 from deco_fast.training.estimate import estimate
 from deco_fast.training.run_folder import RunFolder
+from deco_fast.training.time_limit import parse_duration
 
 
 @run_command
@@ -24,12 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     path = Path(options.out) if options.out else Path("runs") / config.name
     if options.dry_run:
         return _dry_run(config, path)
+    max_seconds = None if options.max_time is None else parse_duration(options.max_time)
     ops.check_backend("pixel_decoder", "flow_matching_loss")
     with join_processes(options.device) as processes:
-        return _train(config, path, processes)
+        return _train(config, path, processes, max_seconds)
 
 
-def _train(config: RunConfig, path: Path, processes: Processes) -> int:
+def _train(config: RunConfig, path: Path, processes: Processes, max_seconds: float | None) -> int:
     # Imported here, so that --help and --dry-run do not wait for it.
     from deco_fast.training.initial import open_initial_weights
     from deco_fast.training.trainer import Trainer
@@ -50,8 +52,11 @@ def _train(config: RunConfig, path: Path, processes: Processes) -> int:
         say(f"{path} has finished all {config.training.steps:,} steps")
         say(f"draw from it: python sample.py --checkpoint {path}")
         return 0
-    trainer = Trainer(config, folder, processes)
-    if trainer.resume():
+    trainer = Trainer(config, folder, processes, max_seconds)
+    passed_over = trainer.resume()
+    if passed_over is not None:
+        for line in passed_over:
+            say(f"{line}: going on from the one before")
         say(f"resuming {path} at step {trainer.step:,} of {config.training.steps:,}")
     else:
         say(f"training {config.name} in {path} for {config.training.steps:,} steps")
@@ -65,7 +70,9 @@ def _train(config: RunConfig, path: Path, processes: Processes) -> int:
     with explain_compile_errors("set --training.compile false"):
         interrupt = trainer.run()
     if trainer.step < config.training.steps:
-        say(f"saved {folder.checkpoint(trainer.step)}; the same command goes on from there")
+        why = f"{interrupt.signal.name}" if interrupt.signal is not None else "time limit"
+        saved = folder.checkpoint(trainer.step)
+        say(f"{why}: saved {saved}; the same command goes on from there")
         return interrupt.exit_status
     say(f"finished: {folder.checkpoint(trainer.step)}")
     say(f"draw from it: python sample.py --checkpoint {path}")
@@ -94,7 +101,8 @@ def _shorthands(options: argparse.Namespace) -> list[str]:
 
 def _check_options(overrides: list[str]) -> None:
     """Refuse what is neither an option nor a key of the configuration, such as --dryrun."""
-    options = ["--config", "--out", "--device", "--init-from", "--repa", "--dry-run", "--help"]
+    options = ["--config", "--out", "--device", "--init-from", "--repa", "--max-time"]
+    options += ["--dry-run", "--help"]
     for word in overrides:
         option = word.partition("=")[0]
         if option.startswith("--") and "." not in option and option != "--name":
@@ -129,6 +137,11 @@ def _parser() -> CommandParser:
         "--init-from",
         metavar="PATH",
         help="begin with the weights of a checkpoint, ours or published, with a fresh optimizer",
+    )
+    parser.add_argument(
+        "--max-time",
+        metavar="DURATION",
+        help="save and stop, with exit status 0, before so much time has passed, such as 3h30m",
     )
     parser.add_argument(
         "--dry-run",

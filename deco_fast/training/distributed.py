@@ -6,11 +6,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from deco_fast.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Processes:
         """Whether the flag is set in any process."""
         if self.world_size == 1:
             return flag
-        flags = torch.tensor(int(flag), device=self.device)
+        # On the CPU, where gloo serves: a flag on a GPU would have to wait for its queue.
+        flags = torch.tensor(int(flag))
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags)
 
@@ -51,11 +55,19 @@ class Processes:
         return int(values)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean of a tensor over all processes."""
+        """The mean of a tensor on the device over all processes."""
         if self.world_size > 1:
             dist.all_reduce(values)
             values = values / self.world_size
         return values
+
+    def from_main(self, value: T) -> T:
+        """What the main process passed, in every process."""
+        if self.world_size > 1:
+            values = [value]
+            dist.broadcast_object_list(values, device=torch.device("cpu"))
+            value = values[0]
+        return value
 
     def barrier(self) -> None:
         """Wait for the other processes."""
@@ -96,7 +108,7 @@ def join_processes(device: str) -> Iterator[Processes]:
     if world_size == 1:
         yield Processes(0, 1, chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Processes(dist.get_rank(), world_size, chosen)
     finally:

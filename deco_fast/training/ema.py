@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from deco_fast.models.deco import DeCo
 
@@ -13,7 +14,8 @@ from deco_fast.models.deco import DeCo
 class ExponentialMovingAverage:
     """e ← decay·e + (1 − decay)·p after every optimizer step, in float32 (B.9).
 
-    It begins as a copy of the initial weights; no warm-up, no bias correction.
+    It begins as a copy of the initial weights; no warm-up, no bias correction. On a GPU the
+    average is drawn on a stream of its own, beside the next step's forward.
 
     Attributes:
         model: a DeCo with the averaged weights, in eval mode.
@@ -21,11 +23,22 @@ class ExponentialMovingAverage:
 
     def __init__(self, model: DeCo, decay: float) -> None:
         self.model = copy.deepcopy(model).float().requires_grad_(False).eval()
-        self.decay = decay
-        self._averaged: list[Tensor] = list(self.model.parameters())
-        self._weights = list(model.parameters())
+        self._average = get_ema_multi_avg_fn(decay)
+        device = model.patch_embedder.weight.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """Draw the average towards the current weights."""
-        torch._foreach_lerp_(self._averaged, [p.float() for p in self._weights], 1 - self.decay)
+    def update(self, model: DeCo) -> None:
+        """Draw the average towards a network's present weights; `wait` before they change."""
+        averaged: list[Tensor] = list(self.model.parameters())
+        weights: list[Tensor] = list(model.parameters())
+        if self._stream is None:
+            self._average(averaged, weights, 0)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            self._average(averaged, weights, 0)
+
+    def wait(self) -> None:
+        """Let the device finish an update before it does what is asked of it next."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)

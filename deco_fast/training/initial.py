@@ -13,6 +13,7 @@ from deco_fast.checkpoint.source import MissingWeightsError, Source
 from deco_fast.errors import UserError
 from deco_fast.models.config import DeCoConfig
 from deco_fast.models.deco import DeCo
+from deco_fast.training.parallel import set_weights
 from deco_fast.training.step import TrainingStep
 
 
@@ -38,8 +39,8 @@ class InitialWeights:
         Raises:
             UserError: a tensor is damaged.
         """
-        _overwrite(training.model, self.model)
-        _overwrite(training.ema.model, self.ema)
+        set_weights(training.model, self.model.state_dict())
+        set_weights(training.ema.model, self.ema.state_dict())
         found = "weights and average"
         if self.model is self.ema:
             found = f"'{self.ema.weights}' weights, which begin the average as well"
@@ -55,7 +56,7 @@ class InitialWeights:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         if shapes != {name: tensor.shape for name, tensor in projector.state_dict().items()}:
             return "; the projector of REPA begins anew"
-        projector.load_state_dict(tensors)
+        set_weights(projector, tensors)
         return ", projector"
 
 
@@ -100,9 +101,3 @@ def _compare(source: Source, expected: dict[str, tuple[int, ...]]) -> None:
         raise UserError(
             f"--init-from {source.path} has {surplus[0]}, which the network lacks: {remedy}"
         )
-
-
-@torch.no_grad()
-def _overwrite(model: DeCo, source: Source) -> None:
-    for name, parameter in model.state_dict().items():
-        parameter.copy_(source.read(name))

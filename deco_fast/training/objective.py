@@ -31,13 +31,17 @@ class Objective(nn.Module):
     def __init__(self, model: DeCo, config: RunConfig, feature_size: int | None = None) -> None:
         super().__init__()
         self.model = model
-        self.config = config
         self.projector: Projector | None = None
         if feature_size is not None:
             width = config.model.hidden_size
             hidden_size = config.alignment.projector_hidden_size or width
             self.projector = Projector(width, hidden_size, feature_size)
+        self.aligned_layer = config.alignment.layer
+        self.alignment_weight = config.alignment.weight
         loss = config.loss
+        self.frequency_weight = loss.frequency_weight
+        self.timestep_weight = config.flow.timestep_weight
+        self.bf16 = config.training.precision == "bf16"
         self.register_buffer(
             "table", frequency_table(loss.quality, loss.mode, loss.gamma), persistent=False
         )
@@ -57,28 +61,25 @@ class Objective(nn.Module):
         Returns:
             Scalars: "total", which is differentiable, then detached its terms.
         """
-        bf16 = self.config.training.precision == "bf16"
         noisy = interpolate(x, noise, t)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             if self.projector is None:
                 prediction = self.model(noisy, t, y)
             else:
-                layer = self.config.alignment.layer
-                tokens, (hidden,) = self.model.encode(noisy, t, y, return_layers=(layer,))
+                layers = (self.aligned_layer,)
+                tokens, (hidden,) = self.model.encode(noisy, t, y, return_layers=layers)
                 prediction = self.model.decode(noisy, tokens)
                 projected = self.projector(hidden)
-        name = self.config.flow.timestep_weight
+        weight = None
+        if self.timestep_weight != "constant":
+            weight = timestep_weight(self.timestep_weight, t)
         total, flow_matching, frequency = flow_matching_loss(
-            prediction,
-            velocity(x, noise),
-            self.table,
-            self.config.loss.frequency_weight,
-            None if name == "constant" else timestep_weight(name, t),
+            prediction, velocity(x, noise), self.table, self.frequency_weight, weight
         )
         losses = {"total": total, "flow_matching": flow_matching, "frequency": frequency}
         if self.projector is not None:
             assert features is not None, "REPA needs the encoder's features"
             alignment = alignment_loss(projected, features)
-            losses["total"] = total + self.config.alignment.weight * alignment
+            losses["total"] = total + self.alignment_weight * alignment
             losses["alignment"] = alignment.detach()
         return losses

@@ -19,7 +19,8 @@ from deco_fast.checkpoint import newest_checkpoint, remove_leftovers
 from deco_fast.config import RunConfig
 from deco_fast.errors import UserError
 
-# What may differ between the start of a run and its resumption without changing its weights.
+# What may differ between the start of a run and its resumption without changing its weights, or
+# by rounding alone: fewer GPUs may need more backward passes, or less memory.
 _FREE = (
     "output.",
     "data.root",
@@ -29,6 +30,9 @@ _FREE = (
     "data.prefetch",
     "alignment.encoder",
     "alignment.cache",
+    "training.gradient_accumulation",
+    "training.recompute_activations",
+    "training.distribution",
 )
 
 
@@ -87,6 +91,15 @@ class RunFolder:
         """The checkpoint folder of a step."""
         return self.checkpoints / f"step-{step:08d}"
 
+    def shards(self, step: int) -> Path:
+        """Where processes write together what becomes a part of a step's checkpoint."""
+        # Deleted as a leftover should they be killed meanwhile.
+        return self.checkpoints / f".shards-{step:08d}.tmp-0"
+
+    def written_checkpoints(self) -> list[Path]:
+        """All checkpoint folders, damaged ones too, the oldest first."""
+        return sorted(self.checkpoints.glob("step-????????"))
+
     def newest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""
         return newest_checkpoint(self.path)
@@ -99,8 +112,12 @@ class RunFolder:
 
     def drop_old_checkpoints(self, keep: int) -> None:
         """Delete all but the newest `keep` checkpoints."""
-        for folder in sorted(self.checkpoints.glob("step-????????"))[:-keep]:
+        for folder in self.written_checkpoints()[:-keep]:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def failure(self, step: int) -> Path:
+        """Where a step that ended the run is kept to be looked at."""
+        return self.path / "failures" / f"step-{step:08d}"
 
     @property
     def finished(self) -> bool:

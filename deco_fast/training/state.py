@@ -1,66 +1,250 @@
-"""A training's state on the disk: written into a checkpoint, and taken up from one."""
+"""A training's state on the disk: written beside the training, taken up on any number of processes.
+
+The weights are gathered, so that a checkpoint can be sampled from; the optimizer's state, where
+the processes share it, is written and read by all of them (torch.distributed.checkpoint).
+"""
 
 from __future__ import annotations
 
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
-from deco_fast.checkpoint import load_training_state, load_weights, save_checkpoint
+from deco_fast.checkpoint import (
+    complete_checkpoints,
+    damaged_file,
+    load_training_state,
+    save_checkpoint,
+)
+from deco_fast.checkpoint.format import OPTIMIZER_FOLDER
 from deco_fast.checkpoint.load import open_checkpoint
+from deco_fast.errors import UserError
+from deco_fast.training.parallel import set_weights
 from deco_fast.training.run_folder import RunFolder
 from deco_fast.training.step import TrainingStep
 
 
-def save(training: TrainingStep, folder: RunFolder, step: int, loader: dict[str, Any]) -> None:
-    """Write the checkpoint after `step` steps, and drop the oldest ones.
+class CheckpointWriter:
+    """Writes checkpoints while the training goes on, one at a time.
 
     Args:
         training: what to save.
         folder: the run's.
-        step: steps made.
-        loader: the state of the batches, from `Batches.state_dict`.
-
-    Raises:
-        UserError: it cannot be written.
     """
-    if training.processes.is_main:
+
+    def __init__(self, training: TrainingStep, folder: RunFolder) -> None:
+        self.training, self.folder = training, folder
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        # Of its own, as its messages would mix with those of the training in between.
+        self._group = dist.new_group(backend="gloo") if training.is_sharded else None
+        self._copies: dict[str, Tensor] = {}
+        self._shards: Future[Any] | None = None
+        self._written: Future[None] | None = None
+
+    def save(self, step: int, loader: dict[str, Any]) -> None:
+        """Begin to write the checkpoint after `step` steps; all processes call it together.
+
+        Args:
+            step: steps made.
+            loader: the state of the batches, from `Batches.state_dict`.
+
+        Raises:
+            UserError: the one before it could not be written.
+        """
+        self.wait()
+        training = self.training
+        weights = {
+            "model": whole_weights(training.model, training),
+            "ema": whole_weights(training.ema.model, training),
+        }
         projector = training.objective.projector
+        if projector is not None:
+            weights["projector"] = whole_weights(projector, training)
+        optimizer = get_optimizer_state_dict(training.objective, training.optimizer)
+        shards = None
+        if training.is_sharded:
+            shards = self.folder.shards(step)
+            self._shards = self._begin_shards(shards, _by_name(optimizer))
+            optimizer = {}
+        if not training.processes.is_main:
+            return
+        weights = self._copy("weights", weights)
+        optimizer = self._copy("optimizer", optimizer)
+        if training.device.type == "cuda":
+            torch.cuda.synchronize(training.device)
+        state = {
+            "step": step,
+            "optimizer": optimizer,
+            "loader": loader,
+            "random": {"torch": torch.get_rng_state()},
+            "world_size": training.processes.world_size,
+        }
+        self._written = self._thread.submit(self._write, step, weights, state, shards)
+
+    def check(self) -> None:
+        """Do nothing, unless a checkpoint could not be written.
+
+        Raises:
+            UserError: why not.
+        """
+        if self._written is not None and self._written.done():
+            self._written.result()
+
+    def wait(self) -> None:
+        """Wait until what was begun is on the disk.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if self._shards is not None:
+            self._shards.result()
+            self._shards = None
+        if self._written is not None:
+            self._written.result()
+            self._written = None
+
+    def close(self) -> None:
+        """Let a checkpoint that was begun become whole; whether it does is not told."""
+        self._thread.shutdown(wait=True)
+
+    def _write(
+        self,
+        step: int,
+        weights: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        shards: Path | None,
+    ) -> None:
+        if self._shards is not None:
+            # Of this process; it ends when all of them have written theirs.
+            self._shards.result()
+        config = self.training.config
         save_checkpoint(
-            folder.checkpoint(step),
-            model=training.model,
-            ema=training.ema.model,
-            card=training.config.card(step),
-            projector=None if projector is None else projector.state_dict(),
-            training={
-                "step": step,
-                "optimizer": training.optimizer.state_dict(),
-                "loader": loader,
-                "random": {"torch": torch.get_rng_state()},
-                "world_size": training.processes.world_size,
-            },
+            self.folder.checkpoint(step),
+            **weights,
+            card=config.card(step),
+            config=config.model,
+            training=state,
+            optimizer_folder=shards,
         )
-        folder.drop_old_checkpoints(training.config.output.keep_checkpoints)
-    training.processes.barrier()
+        self.folder.drop_old_checkpoints(config.output.keep_checkpoints)
+
+    def _begin_shards(self, folder: Path, tensors: dict[str, Tensor]) -> Future[Any]:
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        begun = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
+        assert isinstance(begun, Future)
+        return begun
+
+    def _copy(self, name: str, value: Any) -> Any:
+        """Tensors on the CPU that the training does not change; their memory serves again."""
+        if isinstance(value, dict):
+            return {key: self._copy(f"{name}.{key}", item) for key, item in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        if name not in self._copies:
+            # Pinned memory receives from a GPU at full speed.
+            self._copies[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return self._copies[name].copy_(value.detach(), non_blocking=True)
 
 
-def resume(training: TrainingStep, folder: RunFolder) -> dict[str, Any] | None:
-    """Take up the newest checkpoint of a run.
+def whole_weights(model: nn.Module, training: TrainingStep) -> dict[str, Tensor]:
+    """The weights of a network by name, in the main process; in others nothing if sharded.
+
+    All processes call it together.
+    """
+    if training.is_sharded:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        gathered: dict[str, Any] = get_model_state_dict(model, options=options)
+        return gathered
+    return dict(model.state_dict())
+
+
+def resume(training: TrainingStep, checkpoint: Path) -> dict[str, Any]:
+    """Take up a checkpoint, whatever number of processes wrote it.
 
     Returns:
-        Its "step" and "loader"; None where there is no checkpoint.
+        Its "step" and "loader".
 
     Raises:
         UserError: it cannot be read.
     """
-    checkpoint = folder.newest_checkpoint()
-    if checkpoint is None:
-        return None
-    load_weights(checkpoint / "model.safetensors", training.model)
-    load_weights(checkpoint / "ema.safetensors", training.ema.model)
+    set_weights(training.model, open_checkpoint(checkpoint, "model").state_dict())
+    set_weights(training.ema.model, open_checkpoint(checkpoint, "ema").state_dict())
     if training.objective.projector is not None:
-        training.objective.projector.load_state_dict(open_checkpoint(checkpoint).projector())
+        set_weights(training.objective.projector, open_checkpoint(checkpoint).projector())
     state = load_training_state(checkpoint)
-    training.optimizer.load_state_dict(state["optimizer"])
+    optimizer = get_optimizer_state_dict(training.objective, training.optimizer)
+    shards = checkpoint / OPTIMIZER_FOLDER
+    if shards.is_dir():
+        with warnings.catch_warnings():
+            # That it is not distributed, where one process reads what several wrote.
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(
+                _by_name(optimizer),
+                storage_reader=dcp.HuggingFaceStorageReader(str(shards)),
+                no_dist=training.processes.world_size == 1,
+            )
+        options = None
+    else:
+        optimizer = state["optimizer"]
+        options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(training.objective, training.optimizer, optimizer, options=options)
     torch.set_rng_state(state["random"]["torch"])
     return state
+
+
+def choose_checkpoint(training: TrainingStep, folder: RunFolder) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run that is what was written, and a line on each newer one.
+
+    Raises:
+        UserError: there are checkpoints, and all of them are damaged.
+    """
+    chosen: Path | None = None
+    lines: list[str] = []
+    if training.processes.is_main:
+        chosen, lines = _newest_undamaged(folder)
+    chosen, lines = training.processes.from_main((chosen, lines))
+    if lines and chosen is None:
+        raise UserError(
+            f"no checkpoint in {folder.checkpoints} is whole ({lines[0]}): restore one from a "
+            f"backup, or delete {folder.checkpoints} to begin anew"
+        )
+    return chosen, lines
+
+
+def _newest_undamaged(folder: RunFolder) -> tuple[Path | None, list[str]]:
+    complete = list(complete_checkpoints(folder.path))
+    lines = {
+        path: f"{path} is cut short or incomplete"
+        for path in folder.written_checkpoints()
+        if path not in complete
+    }
+    chosen = None
+    for path in complete:
+        damaged = damaged_file(path)
+        if damaged is None:
+            chosen = path
+            break
+        lines[path] = f"{path / damaged} is damaged"
+    newer = [line for path, line in lines.items() if chosen is None or path.name > chosen.name]
+    return chosen, sorted(newer)
+
+
+def _by_name(optimizer: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an optimizer's state dict, under one name each."""
+    return {
+        f"{parameter}.{key}": value
+        for parameter, entries in optimizer["state"].items()
+        for key, value in entries.items()
+    }

@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 
 from deco_fast.config import RunConfig
 from deco_fast.data.loader import Batch
 from deco_fast.errors import UserError
 from deco_fast.models.deco import DeCo
+from deco_fast.training import parallel
 from deco_fast.training.distributed import Processes
-from deco_fast.training.draws import draw_step
+from deco_fast.training.draws import Draws, draw_step
 from deco_fast.training.ema import ExponentialMovingAverage
+from deco_fast.training.guard import LossGuard
 from deco_fast.training.objective import Objective
 
 if TYPE_CHECKING:
     from deco_fast.alignment.dinov2 import DINOv2
+
+
+class StepFigures(NamedTuple):
+    """What a step has to say, the same in all processes.
+
+    Attributes:
+        names: "loss/total" and its terms, "gradient_norm" before clipping, "tripped" (1 where
+            the guard has stopped the run).
+        values: in that order, float32 on the device, which need not have computed them yet.
+    """
+
+    names: tuple[str, ...]
+    values: Tensor
+
+    @property
+    def by_name(self) -> dict[str, Tensor]:
+        """Each as a scalar."""
+        return dict(zip(self.names, self.values, strict=True))
 
 
 class TrainingStep:
@@ -36,6 +55,7 @@ class TrainingStep:
         objective: what is minimised; its parameters are the optimizer's.
         ema: the average of the network's weights.
         optimizer: AdamW.
+        is_sharded: whether each process holds only a part of them.
 
     Raises:
         UserError: the batch cannot be shared evenly.
@@ -54,6 +74,13 @@ class TrainingStep:
         feature_size = None if encoder is None else encoder.feature_size
         self.objective = Objective(self.model, config, feature_size).to(self.device)
         self.ema = ExponentialMovingAverage(self.model, training.ema_decay)
+        if training.recompute_activations:
+            parallel.recompute_activations(self.model)
+        self.is_sharded = training.distribution == "fsdp" and processes.world_size > 1
+        if self.is_sharded:
+            mesh = parallel.device_mesh(processes)
+            parallel.shard(self.model, mesh, self.objective)
+            parallel.shard(self.ema.model, mesh)
         self.optimizer = torch.optim.AdamW(
             self.objective.parameters(),
             lr=training.learning_rate,
@@ -61,66 +88,69 @@ class TrainingStep:
             weight_decay=training.weight_decay,
             fused=True,
         )
+        self.guard = LossGuard(self.optimizer, training.explosion_factor, self.device)
         self.network: nn.Module = self.objective
 
     def prepare(self) -> None:
         """Wrap the objective for several processes and compile it; once, before the first step."""
-        if self.processes.world_size > 1:
-            cuda = self.device.type == "cuda"
-            self.network = DistributedDataParallel(
-                self.objective, [self.device] if cuda else None, broadcast_buffers=False
-            )
-        if self.config.training.compile:
-            self.network.compile()
-            if self.encoder is not None:
-                self.encoder.compile()
+        self.network = parallel.prepare_network(
+            self.objective, self.config.training, self.processes
+        )
+        if self.encoder is not None and self.config.training.compile:
+            self.encoder.compile()
 
-    def __call__(self, step: int, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, step: int, batch: Batch) -> StepFigures:
         """Make a step.
 
         Args:
             step: 0-based.
             batch: this process's share of the step's batch.
-
-        Returns:
-            The losses of this process's share, detached scalars on the device.
         """
         training = self.config.training
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
-        parts = training.gradient_accumulation
-        size = self.micro_batch_size
-        means: dict[str, Tensor] = {}
+        parts, size = training.gradient_accumulation, self.micro_batch_size
+        sums: dict[str, Tensor] = {}
         for part in range(parts):
             own = slice(part * size, (part + 1) * size)
-            with self._no_sync(unless=part == parts - 1):
-                losses = self._losses(step, batch, own)
+            x, (y, t, noise) = self._inputs(step, batch, own)
+            features = None if self.encoder is None else self.encoder(x)
+            with parallel.reduce_gradients(self.network, now=part == parts - 1):
+                losses: dict[str, Tensor] = self.network(x, y, t, noise, features)
                 (losses["total"] / parts).backward()
             for name, value in losses.items():
-                mean = value.detach() / parts
-                means[name] = means[name] + mean if name in means else mean
-        if training.gradient_clipping is not None:
-            nn.utils.clip_grad_norm_(self.objective.parameters(), training.gradient_clipping)
+                sums[name] = sums.get(name, 0) + value.detach().float()
+        losses_over_all = self.processes.mean(torch.stack(list(sums.values())) / parts)
+        norm = self._clip_gradients()
+        self.guard.check(losses_over_all[0], norm)
+        self.ema.wait()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update()
-        return means
+        self.ema.update(self.model)
+        return StepFigures(
+            (*(f"loss/{name}" for name in sums), "gradient_norm", "tripped"),
+            torch.cat([losses_over_all, torch.stack([norm, self.guard.tripped])]),
+        )
 
-    def _losses(self, step: int, batch: Batch, own: slice) -> dict[str, Tensor]:
-        """The losses of a part of this process's share."""
+    def draws(self, step: int, batch: Batch) -> Draws:
+        """The labels, times and noise that a batch meets in a step."""
+        return self._inputs(step, batch, slice(0, len(batch.labels)))[1]
+
+    def _inputs(self, step: int, batch: Batch, own: slice) -> tuple[Tensor, Draws]:
+        """Images on the device and the draws for a part of this process's share."""
         x = batch.images[own].to(self.device, non_blocking=True)
         labels = batch.labels[own].to(self.device, non_blocking=True)
         first = self.processes.rank * len(batch.labels) + own.start
         places = range(first, first + len(labels))
-        y, t, noise = draw_step(self.config, step, places, labels, self.device)
-        features = None if self.encoder is None else self.encoder(x)
-        losses: dict[str, Tensor] = self.network(x, y, t, noise, features)
-        return losses
+        return x, draw_step(self.config, step, places, labels, self.device)
 
-    def _no_sync(self, unless: bool) -> AbstractContextManager[Any]:
-        if isinstance(self.network, DistributedDataParallel) and not unless:
-            return self.network.no_sync()
-        return nullcontext()
+    def _clip_gradients(self) -> Tensor:
+        """The norm of the whole gradient before it was clipped."""
+        parameters = list(self.objective.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.training.gradient_clipping is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.training.gradient_clipping, norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def learning_rate(config: RunConfig, step: int) -> float:

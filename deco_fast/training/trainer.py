@@ -1,33 +1,40 @@
 """The training loop: flow matching with the frequency-aware loss (paper section 3).
 
 Every batch of step k and every random number in it depend on (seed, k) alone: a run that stopped
-anywhere goes on exactly as if it had not.
+anywhere goes on exactly as if it had not, on any number of processes.
 """
 
 from __future__ import annotations
 
-import math
+import time
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from deco_fast.alignment import load_encoder
 from deco_fast.config import RunConfig
-from deco_fast.errors import UserError
+from deco_fast.models.deco import DeCo
 from deco_fast.sampling.engine import SamplingEngine
-from deco_fast.sampling.images import save_grid
+from deco_fast.sampling.images import image_grid, save_grid
 from deco_fast.sampling.run import draw, labels_for
 from deco_fast.training import state
 from deco_fast.training.batches import Batches, open_dataset
 from deco_fast.training.distributed import Processes
+from deco_fast.training.failure import stop_after_failure
+from deco_fast.training.figures import FigureReader, MadeStep, Window
 from deco_fast.training.interrupt import Interrupt, catch_interrupt
 from deco_fast.training.monitor import Monitor
 from deco_fast.training.run_folder import RunFolder
-from deco_fast.training.step import TrainingStep
+from deco_fast.training.step import TrainingStep, learning_rate
+from deco_fast.training.time_limit import TimeLimit
 
 if TYPE_CHECKING:
     from deco_fast.alignment.dinov2 import DINOv2
+
+# What a checkpoint is assumed to take before one has been written: a slow network disk.
+_ASSUMED_BYTES_PER_SECOND = 100e6
 
 
 class Trainer:
@@ -37,6 +44,7 @@ class Trainer:
         config: the run.
         folder: the run's folder, opened.
         processes: this process among those of the run.
+        max_seconds: stop, with a checkpoint written, before so much time has passed.
 
     Attributes:
         step: steps made.
@@ -46,60 +54,92 @@ class Trainer:
         UserError: data or batch size cannot be used.
     """
 
-    def __init__(self, config: RunConfig, folder: RunFolder, processes: Processes) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        processes: Processes,
+        max_seconds: float | None = None,
+    ) -> None:
         self.config, self.folder, self.processes = config, folder, processes
         self.step = 0
         self.dataset = open_dataset(config, processes)
         self._loader_state: dict[str, Any] | None = None
         self.training = TrainingStep(config, processes, _open_encoder(config, processes.device))
+        parameters = sum(p.numel() for p in self.training.objective.parameters())
+        # float32: weights, their average, two moments.
+        self.limit = TimeLimit(max_seconds, 16 * parameters / _ASSUMED_BYTES_PER_SECOND)
 
-    def resume(self) -> bool:
-        """Go on from the newest checkpoint of the folder; False where there is none."""
-        saved = state.resume(self.training, self.folder)
-        if saved is None:
-            return False
+    def resume(self) -> list[str] | None:
+        """Go on from the folder's newest checkpoint that is whole; None where there is none.
+
+        Returns:
+            A line on each damaged one that was passed over.
+
+        Raises:
+            UserError: there are checkpoints, but none is whole.
+        """
+        checkpoint, lines = state.choose_checkpoint(self.training, self.folder)
+        if checkpoint is None:
+            return None
+        saved = state.resume(self.training, checkpoint)
         self.step = saved["step"]
         self._loader_state = saved["loader"]
-        return True
+        return lines
 
     def batches(self) -> Batches:
         """The batches from the present step on."""
         return Batches(self.dataset, self.config, self.processes, self.step, self._loader_state)
 
     def run(self) -> Interrupt:
-        """Train to the configured step, or until a signal asks to stop; both end in a checkpoint.
+        """Train to the configured step, or until a signal or the time limit asks to stop.
+
+        All of these end in a checkpoint.
 
         Raises:
-            UserError: the loss is not finite, or a checkpoint cannot be written.
+            UserError: the loss exploded or is not finite, or a checkpoint cannot be written.
         """
         config, output = self.config, self.config.output
         self.training.prepare()
         batches = self.batches()
-        totals: dict[str, Tensor] = {}
+        reader, window = FigureReader(), Window()
         monitor = Monitor(
             self.folder.path,
-            steps=config.training.steps,
+            config,
             start_step=self.step,
-            batch_size=config.training.batch_size,
+            device=self.processes.device,
+            world_size=self.processes.world_size,
             enabled=self.processes.is_main,
         )
-        with monitor, catch_interrupt() as interrupt:
+        writer = state.CheckpointWriter(self.training, self.folder)
+        with monitor, closing(writer), catch_interrupt() as interrupt:
             while self.step < config.training.steps:
-                losses = self.training(self.step, next(batches))
-                totals = {name: totals.get(name, 0) + value for name, value in losses.items()}
+                asked = time.perf_counter()
+                batch = next(batches)
+                window.waited += time.perf_counter() - asked
+                figures = self.training(self.step, batch)
                 self.step += 1
                 monitor.step()
-                if self.step % output.log_every == 0 or self.step == config.training.steps:
-                    since = (self.step - 1) % output.log_every + 1
-                    self._log(monitor, {name: value / since for name, value in totals.items()})
-                    totals = {}
-                stopping = self.processes.any(bool(interrupt))
+                for made in reader.push(self.step, batch, figures):
+                    self._note(made, window, monitor)
+                self.limit.step_made()
+                writer.check()
                 last = self.step == config.training.steps
+                stopping = self.processes.any(bool(interrupt) or self.limit.is_near)
+                saving = self.step % output.checkpoint_every == 0 or last or stopping
+                if saving:
+                    # A step that must not be saved has to be known by now.
+                    for made in reader.flush():
+                        self._note(made, window, monitor)
                 if self.step % output.sample_every == 0 or last:
                     self._save_samples(monitor)
-                if self.step % output.checkpoint_every == 0 or last or stopping:
-                    state.save(self.training, self.folder, self.step, batches.state_dict(self.step))
+                if saving:
+                    began = time.monotonic()
+                    writer.save(self.step, batches.state_dict(self.step))
                     self._list_damaged()
+                    if last or stopping:
+                        writer.wait()
+                    self.limit.saved(time.monotonic() - began)
                 if stopping:
                     break
         if self.processes.is_main:
@@ -109,31 +149,35 @@ class Trainer:
         self.processes.barrier()
         return interrupt
 
-    def _log(self, monitor: Monitor, losses: dict[str, Tensor]) -> None:
-        means = self.processes.mean(torch.stack(list(losses.values()))).tolist()
-        values = dict(zip(losses, means, strict=True))
-        if not math.isfinite(values["total"]):
-            newest = self.folder.newest_checkpoint()
-            raise UserError(
-                f"the loss is {values['total']} at step {self.step}: lower "
-                "training.learning_rate, or set training.gradient_clipping 1.0; "
-                f"the newest checkpoint is {newest or 'none'}"
-            )
-        scalars = {f"loss/{name}": value for name, value in values.items()}
-        scalars["learning_rate"] = self.training.optimizer.param_groups[0]["lr"]
-        monitor.scalars(self.step, scalars)
+    def _note(self, made: MadeStep, window: Window, monitor: Monitor) -> None:
+        """Take in the figures of a step.
+
+        Raises:
+            UserError: its loss exploded or is not finite.
+        """
+        if made.values["tripped"]:
+            stop_after_failure(self.training, self.folder, made)
+        window.add({name: value for name, value in made.values.items() if name != "tripped"})
+        if made.step % self.config.output.log_every == 0 or made.step == self.config.training.steps:
+            rate = learning_rate(self.config, made.step - 1)
+            monitor.scalars(made.step, {**window.report(), "learning_rate": rate})
 
     def _save_samples(self, monitor: Monitor) -> None:
         """A grid of the averaged model's images, always of the same noise and classes."""
+        weights = state.whole_weights(self.training.ema.model, self.training)
         if not self.processes.is_main:
             return
+        with torch.device("meta"):
+            model = DeCo(self.config.model, self.config.card()).eval()
+        device = self.processes.device
+        weights = {name: tensor.to(device) for name, tensor in weights.items()}
+        model.load_state_dict(weights, assign=True)
         labels = labels_for(self.config.output.sample_count, self.config.model.num_classes)
-        batches = draw(
-            SamplingEngine(self.training.ema.model), labels, seed=self.config.training.seed
-        )
+        batches = draw(SamplingEngine(model), labels, seed=self.config.training.seed)
         images = torch.cat([images for _, images in batches])
         path = self.folder.path / "samples" / f"step-{self.step:08d}.png"
         save_grid(images, path)
+        monitor.images(self.step, torch.from_numpy(np.array(image_grid(images))))
         monitor.say(f"samples: {path}")
 
     def _list_damaged(self) -> None:

@@ -1,0 +1,58 @@
+"""Checksums of a checkpoint's files: whether what is read is what was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+CHECKSUMS_FILE = "checksums.json"
+_PIECE = 2**22
+
+
+def write_checksums(folder: Path) -> None:
+    """Note size and checksum of every file in a folder, in a file beside them."""
+    found = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "blake2b": _digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / CHECKSUMS_FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def has_noted_sizes(folder: Path) -> bool:
+    """Whether every file that was noted is there in full; true where nothing was noted."""
+    try:
+        noted = _read(folder)
+        return all(
+            (folder / name).stat().st_size == entry["bytes"] for name, entry in noted.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def damaged_file(folder: Path) -> str | None:
+    """The first file whose content is not the one that was noted; reads all of them."""
+    try:
+        for name, entry in _read(folder).items():
+            if _digest(folder / name) != entry["blake2b"]:
+                return name
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return CHECKSUMS_FILE
+    return None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / CHECKSUMS_FILE
+    # Checkpoints of before there were checksums have none.
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return found
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,94 @@
+"""How the objective is spread over memory and processes: recomputation, DDP, FSDP2, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from deco_fast.config import TrainingConfig
+from deco_fast.models.deco import DeCo
+from deco_fast.training.distributed import Processes
+from deco_fast.training.objective import Objective
+
+
+def device_mesh(processes: Processes) -> DeviceMesh:
+    """All processes in a row."""
+    return init_device_mesh(processes.device.type, (processes.world_size,))
+
+
+def shard(model: DeCo, mesh: DeviceMesh, root: nn.Module | None = None) -> None:
+    """Give every process a part of each parameter (FSDP2), gathered block by block when needed.
+
+    Args:
+        model: its parameters become DTensors, in place.
+        mesh: from `device_mesh`.
+        root: a module around the model whose other parameters are to be shared as well.
+    """
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model.decoder, mesh=mesh)
+    fully_shard(root if root is not None else model, mesh=mesh)
+
+
+def set_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Overwrite all parameters of a module, shared among processes or not.
+
+    Args:
+        module: the same in every process.
+        tensors: whole, by name, the same in every process.
+    """
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(module, dict(tensors), options=options)
+
+
+def recompute_activations(model: DeCo) -> None:
+    """Let every DiT block keep its input alone, and compute again in the backward pass."""
+    for block in model.blocks:
+        # On the instance: a wrapper module would change the parameters' names.
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def prepare_network(
+    objective: Objective, config: TrainingConfig, processes: Processes
+) -> nn.Module:
+    """What a step calls in place of the objective: wrapped for DDP, and compiled.
+
+    Args:
+        objective: sharded already where the processes share it.
+        config: the run's training section.
+        processes: this process among those of the run.
+    """
+    network: nn.Module = objective
+    sharded = isinstance(objective, FSDPModule)
+    if processes.world_size > 1 and not sharded:
+        network = DistributedDataParallel(
+            objective,
+            [processes.device] if processes.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+    if config.compile:
+        # FSDP2's hooks lie between the blocks, and DDP's splitting of the graph into buckets
+        # cannot see into recomputed ones: there each block is a graph of its own.
+        by_block = sharded or (network is not objective and config.recompute_activations)
+        for part in objective.model.blocks if by_block else [network]:
+            part.compile()
+    return network
+
+
+def reduce_gradients(network: nn.Module, now: bool) -> AbstractContextManager[Any]:
+    """The context of a backward pass, whose gradients are reduced now or with a later one's."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(now)
+    elif isinstance(network, DistributedDataParallel) and not now:
+        return network.no_sync()
+    return nullcontext()
