@@ -84,6 +84,12 @@ def machine(request: pytest.FixtureRequest) -> Machine:
 
 
 @pytest.fixture
+def outcomes(request: pytest.FixtureRequest) -> list[Comparison]:
+    """The session's comparisons, for a test that makes its own."""
+    return request.config.stash[_SESSION].outcomes
+
+
+@pytest.fixture
 def compare(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Compare:
     """Runs a comparison and keeps its outcome for the summary."""
     session = request.config.stash[_SESSION]

@@ -1,0 +1,183 @@
+"""Reading training images: JPEG files to batches, per core, beside what a GPU takes."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.comparison import Comparison, Row
+from benchmarks.settings import Settings
+from benchmarks.timing import Turns
+from benchmarks.work import Images, training_work
+from deco_fast.data import EpochBatches, FolderImages, ImageDataset, ShardImages, read_batches
+from deco_fast.data.shards.pack import pack
+from deco_fast.models.presets import PRESETS
+
+# The paper's DeCo-L trains 32 images of 256×256 in 0.24 s on one GPU (Table 1).
+PUBLISHED_IMAGES_PER_SECOND = 32 / 0.24
+
+BATCH, PREFETCH = 16, 2
+# More than what has been read ahead when the clock starts, which is drained before.
+TIMED_BATCHES = 8
+
+
+def photograph(seed: int) -> bytes:
+    """A JPEG of the size (500×375 or upright, 100 kB) and the smoothness of ImageNet's."""
+    generator = np.random.default_rng(seed)
+    width, height = (500, 375) if seed % 3 else (375, 500)
+    pixels = np.zeros((height, width, 3))
+    # Natural images have about the same variance in every octave.
+    for cell in (4, 8, 16, 32, 64, 128):
+        coarse = generator.normal(size=(3, height // cell + 2, width // cell + 2))
+        planes = [Image.fromarray(plane.astype(np.float32)) for plane in coarse]
+        fine = [plane.resize((width, height), Image.Resampling.BICUBIC) for plane in planes]
+        pixels += cell**0.7 * np.stack([np.asarray(plane) for plane in fine], axis=-1)
+    grain = generator.normal(size=(height, width, 1)) * 14
+    pixels = (pixels - pixels.mean()) * (50 / pixels.std()) + 120 + grain
+    content = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(content, "jpeg", quality=92)
+    return content.getvalue()
+
+
+class PlainFolder(Dataset[tuple[Tensor, int]]):
+    """What one writes first: PIL, the crop, a float tensor."""
+
+    def __init__(self, paths: list[Path], size: int) -> None:
+        self.paths = paths
+        self.size = size
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        size = self.size
+        image = Image.open(self.paths[index]).convert("RGB")
+        while min(image.size) >= 2 * size:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        scale = size / min(image.size)
+        image = image.resize(
+            (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+        )
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        array = np.array(image)[top : top + size, left : left + size]
+        return torch.from_numpy(array).permute(2, 0, 1).contiguous() / 127.5 - 1, 0
+
+
+class Pull:
+    """Takes batches from a stream; what was read ahead meanwhile is not counted."""
+
+    def __init__(self, batches: Iterator[Tensor]) -> None:
+        self.batches = batches
+
+    def drain(self) -> None:
+        """Take what the worker has ready, and one more that it is busy with."""
+        for _ in range(PREFETCH + 1):
+            next(self.batches)
+
+    def __call__(self) -> None:
+        for _ in range(TIMED_BATCHES):
+            next(self.batches)
+
+
+def clock(pull: Callable[[], object], calls: int) -> float:
+    """Seconds of a `Pull`, whose calls do not depend on each other."""
+    assert isinstance(pull, Pull)
+    seconds = 0.0
+    for _ in range(calls):
+        pull.drain()
+        start = time.perf_counter()
+        pull()
+        seconds += time.perf_counter() - start
+    return seconds / calls
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_loader(
+    size: int,
+    settings: Settings,
+    outcomes: list[Comparison],
+    benchmark: BenchmarkFixture,
+    tmp_path: Path,
+) -> None:
+    count = 2 * BATCH if settings.trial else 8 * BATCH
+    folder, shards = tmp_path / "folder", tmp_path / "shards"
+    (folder / "class").mkdir(parents=True)
+    contents = [photograph(seed) for seed in range(count)]
+    for number, content in enumerate(contents):
+        (folder / "class" / f"{number:04}.jpg").write_bytes(content)
+    pack(folder, shards, images_per_shard=count // 4)
+    paths = sorted((folder / "class").iterdir())
+    order = EpochBatches(count, BATCH, seed=0)
+
+    def ours(source: FolderImages | ShardImages) -> Iterator[Tensor]:
+        dataset = ImageDataset(source, size, size)
+        batches = read_batches(dataset, order, workers=1, prefetch=PREFETCH)
+        return (batch.images for batch in batches)
+
+    plain = DataLoader(
+        PlainFolder(paths, size), batch_sampler=order, num_workers=1, prefetch_factor=PREFETCH
+    )
+    streams = {
+        "plain DataLoader, folder": (images for images, _ in plain),
+        "deco_fast, folder": ours(FolderImages(folder)),
+        "deco_fast, shards": ours(ShardImages(str(shards))),
+    }
+    baseline, first, _ = (next(stream) for stream in streams.values())
+    assert torch.equal(first, baseline), "the two read different pixels"
+
+    turns = Turns({name: Pull(stream) for name, stream in streams.items()}, clock)
+    rounds = max(int(settings.seconds / turns.calibrate()), 1)
+    benchmark.pedantic(turns.round, rounds=rounds)
+
+    # A floor of this library: what Pillow takes to decode the same files out of memory.
+    images_timed = TIMED_BATCHES * BATCH
+    decoding = min(_seconds_to_decode(contents) for _ in range(3)) / count * images_timed
+    in_pixels = 3 * size * size
+    gpu_rate = PUBLISHED_IMAGES_PER_SECOND * _work_per_image(256) / _work_per_image(size)
+    comparison = Comparison(
+        f"loader, {size}×{size}",
+        f"{images_timed} JPEG files of {sum(map(len, contents)) / count / 1e3:.0f} kB in the page "
+        f"cache, cropped, batches of {BATCH}, one worker; a GPU at the published 0.24 s for 32 "
+        f"images of 256×256 takes {gpu_rate:.0f} images/s",
+        0,
+        images_timed * (sum(map(len, contents)) // count + in_pixels),
+        decoding,
+        "decoding alone, one core",
+    )
+    for name, samples in turns.samples.items():
+        median = statistics.median(samples)
+        rate = images_timed / median
+        comparison.rows.append(
+            Row(
+                name,
+                is_baseline=name.startswith("plain"),
+                remark=f"{rate:.0f} images/s per core, {gpu_rate / rate:.2f} cores for the GPU",
+                rounds=len(samples),
+                median=median,
+                minimum=min(samples),
+                maximum=max(samples),
+            )
+        )
+    comparison.fill_ratios()
+    benchmark.group = comparison.title
+    benchmark.extra_info.update(comparison.to_json())
+    outcomes.append(comparison)
+
+
+def _seconds_to_decode(contents: list[bytes]) -> float:
+    start = time.perf_counter()
+    for content in contents:
+        Image.open(io.BytesIO(content)).load()
+    return time.perf_counter() - start
+
+
+def _work_per_image(size: int) -> int:
+    return training_work(PRESETS["deco-l"].config, Images(1, size, size)).flops
