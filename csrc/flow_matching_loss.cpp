@@ -32,13 +32,42 @@ constexpr float c1 = 0.49039264020161522f, c2 = 0.46193976625564337f, c3 = 0.415
                 c4 = 0.35355339059327376f, c5 = 0.27778511650980111f, c6 = 0.19134171618254489f,
                 c7 = 0.09754516100806413f;
 
-DECO_INLINE Row load_row(const float* from) {
+DECO_INLINE float to_float(float value) { return value; }
+
+DECO_INLINE float to_float(BFloat16 value) {
+  return bits_of<float>(static_cast<uint32_t>(value.bits) << 16);
+}
+
+DECO_INLINE void from_float(float value, float& to) { to = value; }
+
+// Rounds to the nearest, ties to even; a NaN stays one.
+DECO_INLINE void from_float(float value, BFloat16& to) {
+  const auto bits = bits_of<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to.bits = static_cast<uint16_t>(value == value ? rounded : (bits >> 16) | 0x40);
+}
+
+template <class T>
+DECO_INLINE Row load_row(const T* from) {
+  Vector parts[kRow / kLanes];
+#pragma GCC unroll 2
+  for (int i = 0; i < kRow / kLanes; ++i) {
+    parts[i] = load(from + i * kLanes);
+  }
   Row row;
-  __builtin_memcpy(&row, from, sizeof row);
+  __builtin_memcpy(&row, parts, sizeof row);
   return row;
 }
 
-DECO_INLINE void store_row(float* to, const Row& row) { __builtin_memcpy(to, &row, sizeof row); }
+template <class T>
+DECO_INLINE void store_row(T* to, const Row& row) {
+  Vector parts[kRow / kLanes];
+  __builtin_memcpy(parts, &row, sizeof row);
+#pragma GCC unroll 2
+  for (int i = 0; i < kRow / kLanes; ++i) {
+    store(to + i * kLanes, parts[i]);
+  }
+}
 
 // Even coefficients see only the sums of mirrored elements, odd ones only the differences.
 DECO_INLINE void dct(Row (&x)[kBlock]) {
@@ -107,16 +136,25 @@ DECO_INLINE void transpose_blocks(Row (&x)[kBlock]) {
   transpose_step<4>(x, lanes);
 }
 
-// The table as the transform leaves the coefficients: transposed, once for each block of a group.
+// The quadratic form of the frequency term in the coefficients of the colours, YCbCrᵀ diag(table)
+// YCbCr for each frequency, as the transform leaves those: transposed, once for each block of a
+// group. So no colour needs converting.
 struct Weights {
-  Row rows[3][kBlock];
+  Row form[kBlock][3][3];
 
-  DECO_INLINE explicit Weights(const float* table) {
-    for (int component = 0; component < 3; ++component) {
-      for (int v = 0; v < kBlock; ++v) {
-        for (int lane = 0; lane < kRow; ++lane) {
-          const int u = lane % kBlock;
-          rows[component][v][lane] = table[(component * kBlock + u) * kBlock + v];
+  explicit Weights(const float* table) {
+    for (int v = 0; v < kBlock; ++v) {
+      for (int lane = 0; lane < kRow; ++lane) {
+        for (int a = 0; a < 3; ++a) {
+          for (int b = 0; b < 3; ++b) {
+            float sum = 0;
+            for (int component = 0; component < 3; ++component) {
+              const int u = lane % kBlock;
+              sum += table[(component * kBlock + u) * kBlock + v] * kYCbCr[component][a] *
+                     kYCbCr[component][b];
+            }
+            form[v][a][b][lane] = sum;
+          }
         }
       }
     }
@@ -135,38 +173,43 @@ DECO_INLINE void from_coefficients(Row (&x)[kBlock]) {
   inverse_dct(x);
 }
 
-// Adds table ∘ C² of a group of blocks to `sum`, and puts YCbCrᵀ(DCTᵀ(table ∘ C)) into
-// `gradient` where it is wanted. The colours are mixed after the transform, which is the same and
-// lets each colour pass through the registers once.
-template <bool with_gradient>
-DECO_INLINE void transform(const Plane (&difference)[3], Plane (&gradient)[3], int top, int left,
-                           const Weights& weights, Row& sum) {
+struct Sums {
+  Row squares{};    // d²
+  Row frequency{};  // table ∘ C²
+};
+
+// What the two terms are multiplied by in the gradient.
+struct Scales {
+  float difference;
+  float frequency;
+};
+
+// Adds a group of blocks, rows read(colour, row) of the difference, to the sums, and hands
+// scales.difference · d + scales.frequency · YCbCrᵀ(DCTᵀ(table ∘ C)) to write(colour, row, value)
+// where it is wanted. Σd² and the multiple of d are taken from the coefficients, which are at
+// hand: the transform is orthonormal.
+template <bool with_gradient, class Read, class Write>
+DECO_INLINE void transform(const Weights& weights, const Scales& scales, Sums& sums, Read&& read,
+                           Write&& write) {
   Row x[3][kBlock];
 #pragma GCC unroll 1
   for (int colour = 0; colour < 3; ++colour) {
 #pragma GCC unroll 8
     for (int i = 0; i < kBlock; ++i) {
-      x[colour][i] = load_row(&difference[colour][top + i][left]);
+      x[colour][i] = read(colour, i);
     }
     to_coefficients(x[colour]);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kBlock; ++i) {
-    Row back[3] = {};
-#pragma GCC unroll 3
-    for (int component = 0; component < 3; ++component) {
-      const float* mix = kYCbCr[component];
-      const Row c = mix[0] * x[0][i] + mix[1] * x[1][i] + mix[2] * x[2][i];
-      const Row weighted = weights.rows[component][i] * c;
-      sum += weighted * c;
-#pragma GCC unroll 3
-      for (int colour = 0; colour < 3; ++colour) {
-        back[colour] += mix[colour] * weighted;
-      }
-    }
+    const Row c[3] = {x[0][i], x[1][i], x[2][i]};
 #pragma GCC unroll 3
     for (int colour = 0; colour < 3; ++colour) {
-      x[colour][i] = back[colour];
+      const Row* form = weights.form[i][colour];
+      const Row weighted = form[0] * c[0] + form[1] * c[1] + form[2] * c[2];
+      sums.squares += c[colour] * c[colour];
+      sums.frequency += weighted * c[colour];
+      x[colour][i] = scales.difference * c[colour] + scales.frequency * weighted;
     }
   }
   if constexpr (with_gradient) {
@@ -175,7 +218,7 @@ DECO_INLINE void transform(const Plane (&difference)[3], Plane (&gradient)[3], i
       from_coefficients(x[colour]);
 #pragma GCC unroll 8
       for (int i = 0; i < kBlock; ++i) {
-        store_row(&gradient[colour][top + i][left], x[colour][i]);
+        write(colour, i, x[colour][i]);
       }
     }
   }
@@ -231,19 +274,8 @@ Tile tile_at(const FlowMatchingLoss& loss, int64_t index) {
   return tile;
 }
 
-DECO_INLINE float to_float(float value) { return value; }
-
-DECO_INLINE float to_float(BFloat16 value) {
-  return bits_of<float>(static_cast<uint32_t>(value.bits) << 16);
-}
-
-DECO_INLINE void from_float(float value, float& to) { to = value; }
-
-// Rounds to the nearest, ties to even; a NaN stays one.
-DECO_INLINE void from_float(float value, BFloat16& to) {
-  const auto bits = bits_of<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  to.bits = static_cast<uint16_t>(value == value ? rounded : (bits >> 16) | 0x40);
+int64_t offset_of(const FlowMatchingLoss& loss, const Tile& tile, int colour, int row) {
+  return ((tile.image * 3 + colour) * loss.height + tile.top + row) * loss.width + tile.left;
 }
 
 // Reads the tile, pads it, fills it up to a whole group of blocks with zeros, and returns the sum
@@ -254,8 +286,7 @@ float read(const FlowMatchingLoss& loss, const Tile& tile, Plane (&difference)[3
   float sum = 0;
   for (int colour = 0; colour < 3; ++colour) {
     for (int row = 0; row < tile.rows; ++row) {
-      const int64_t offset =
-          ((tile.image * 3 + colour) * loss.height + tile.top + row) * loss.width + tile.left;
+      const int64_t offset = offset_of(loss, tile, colour, row);
       const auto* prediction = static_cast<const Prediction*>(loss.prediction) + offset;
       const auto* target = static_cast<const Target*>(loss.target) + offset;
       float* to = difference[colour][row];
@@ -295,75 +326,125 @@ void fold(const Tile& tile, Plane& gradient) {
 
 template <class Prediction>
 void write(const FlowMatchingLoss& loss, const Tile& tile, const Plane (&difference)[3],
-           Plane (&gradient)[3], float difference_scale, float frequency_scale) {
+           Plane (&gradient)[3], const Scales& scales) {
   for (int colour = 0; colour < 3; ++colour) {
     fold(tile, gradient[colour]);
     for (int row = 0; row < tile.rows; ++row) {
-      const int64_t offset =
-          ((tile.image * 3 + colour) * loss.height + tile.top + row) * loss.width + tile.left;
-      auto* to = static_cast<Prediction*>(loss.gradient) + offset;
+      auto* to = static_cast<Prediction*>(loss.gradient) + offset_of(loss, tile, colour, row);
       const float* d = difference[colour][row];
       const float* g = gradient[colour][row];
 #pragma omp simd
       for (int i = 0; i < tile.columns; ++i) {
-        from_float(difference_scale * d[i] + frequency_scale * g[i], to[i]);
+        from_float(scales.difference * d[i] + g[i], to[i]);
       }
     }
   }
 }
 
-template <bool with_gradient>
-float transform_all(const Tile& tile, const Plane (&difference)[3], Plane (&gradient)[3],
-                    const Weights& weights) {
-  Row sum{};
-  for (int top = 0; top < tile.padded_rows; top += kBlock) {
-    for (int left = 0; left < tile.padded_columns; left += kRow) {
-      transform<with_gradient>(difference, gradient, top, left, weights, sum);
-    }
-  }
-  float total = 0;
+float sum_of(const Row& row) {
+  float sum = 0;
   for (int lane = 0; lane < kRow; ++lane) {
-    total += sum[lane];
+    sum += row[lane];
   }
-  return total;
+  return sum;
 }
 
-template <class Prediction, class Target>
-void run_as(const FlowMatchingLoss& loss, int64_t index) {
-  const Tile tile = tile_at(loss, index);
-  const Weights weights(loss.table);
+// A tile of whole groups, straight from memory to memory.
+template <bool with_gradient, class Prediction, class Target>
+void run_whole(const FlowMatchingLoss& loss, const Tile& tile, const Weights& weights,
+               const Scales& scales, double* partials) {
+  const int64_t first = offset_of(loss, tile, 0, 0);
+  const int64_t plane = loss.height * loss.width;
+  Sums sums;
+  for (int left = 0; left < tile.columns; left += kRow) {
+    const auto* prediction = static_cast<const Prediction*>(loss.prediction) + first + left;
+    const auto* target = static_cast<const Target*>(loss.target) + first + left;
+    auto* gradient = static_cast<Prediction*>(loss.gradient) + first + left;
+    transform<with_gradient>(
+        weights, scales, sums,
+        [&](int colour, int row) DECO_LAMBDA {
+          const int64_t offset = colour * plane + row * loss.width;
+          // The next group: the processor follows too few of the 48 rows by itself.
+          __builtin_prefetch(prediction + offset + kRow);
+          __builtin_prefetch(target + offset + kRow);
+          return load_row(prediction + offset) - load_row(target + offset);
+        },
+        [&](int colour, int row, const Row& value) DECO_LAMBDA {
+          store_row(gradient + colour * plane + row * loss.width, value);
+        });
+  }
+  partials[0] = sum_of(sums.squares);
+  partials[1] = sum_of(sums.frequency);
+}
+
+// A tile with padding or half a group, by way of planes.
+template <bool with_gradient, class Prediction, class Target>
+void run_padded(const FlowMatchingLoss& loss, const Tile& tile, const Weights& weights,
+                const Scales& scales, double* partials) {
   alignas(64) Plane difference[3];
   alignas(64) Plane gradient[3];
-  const float timestep_weight = loss.timestep_weight ? loss.timestep_weight[tile.image] : 1.0f;
-  double* partials = loss.partials + 2 * index;
-  partials[0] = static_cast<double>(timestep_weight) *
-                read<Prediction, Target>(loss, tile, difference);
-  if (loss.gradient == nullptr) {
-    partials[1] = transform_all<false>(tile, difference, gradient, weights);
-    return;
+  partials[0] = read<Prediction, Target>(loss, tile, difference);
+  Sums sums;
+  for (int top = 0; top < tile.padded_rows; top += kBlock) {
+    for (int left = 0; left < tile.padded_columns; left += kRow) {
+      // The multiple of d is left to `write`: a pixel has it once, however often it is copied.
+      transform<with_gradient>(
+          weights, {0, scales.frequency}, sums,
+          [&](int colour, int row) DECO_LAMBDA {
+            return load_row(&difference[colour][top + row][left]);
+          },
+          [&](int colour, int row, const Row& value) DECO_LAMBDA {
+            store_row(&gradient[colour][top + row][left], value);
+          });
+    }
   }
-  partials[1] = transform_all<true>(tile, difference, gradient, weights);
+  partials[1] = sum_of(sums.frequency);
+  if constexpr (with_gradient) {
+    write<Prediction>(loss, tile, difference, gradient, scales);
+  }
+}
+
+template <bool with_gradient, class Prediction, class Target>
+void run_as(const FlowMatchingLoss& loss, int64_t begin, int64_t end) {
+  const Weights weights(loss.table);
   const double images = 3.0 * static_cast<double>(loss.batch);
   const double values = images * static_cast<double>(loss.height) * static_cast<double>(loss.width);
   const int64_t padded_height = (loss.height + kBlock - 1) / kBlock * kBlock;
   const int64_t padded_width = (loss.width + kBlock - 1) / kBlock * kBlock;
   const double coefficients =
       images * static_cast<double>(padded_height) * static_cast<double>(padded_width);
-  write<Prediction>(loss, tile, difference, gradient,
-                    static_cast<float>(2.0 * timestep_weight / values),
-                    static_cast<float>(2.0 * loss.weight / coefficients));
+  for (int64_t index = begin; index < end; ++index) {
+    const Tile tile = tile_at(loss, index);
+    const double timestep_weight = loss.timestep_weight ? loss.timestep_weight[tile.image] : 1.0;
+    const Scales scales = {static_cast<float>(2.0 * timestep_weight / values),
+                           static_cast<float>(2.0 * loss.weight / coefficients)};
+    double* partials = loss.partials + 2 * index;
+    const bool whole = tile.rows == kBlock && tile.columns % kRow == 0;
+    const auto run = whole ? run_whole<with_gradient, Prediction, Target>
+                           : run_padded<with_gradient, Prediction, Target>;
+    run(loss, tile, weights, scales, partials);
+    partials[0] *= timestep_weight;
+  }
 }
 
 int64_t tiles(const FlowMatchingLoss& loss) {
   return loss.batch * Grid(loss).tiles_per_image();
 }
 
-void run(const FlowMatchingLoss& loss, int64_t tile) {
+template <class Prediction, class Target>
+void run_typed(const FlowMatchingLoss& loss, int64_t begin, int64_t end) {
+  loss.gradient ? run_as<true, Prediction, Target>(loss, begin, end)
+                : run_as<false, Prediction, Target>(loss, begin, end);
+}
+
+void run(const FlowMatchingLoss& loss, int64_t begin, int64_t end) {
   const bool target_is_float = loss.target_element == Element::float32;
   if (loss.prediction_element == Element::float32) {
-    target_is_float ? run_as<float, float>(loss, tile) : run_as<float, BFloat16>(loss, tile);
+    target_is_float ? run_typed<float, float>(loss, begin, end)
+                    : run_typed<float, BFloat16>(loss, begin, end);
   } else {
-    target_is_float ? run_as<BFloat16, float>(loss, tile) : run_as<BFloat16, BFloat16>(loss, tile);
+    target_is_float ? run_typed<BFloat16, float>(loss, begin, end)
+                    : run_typed<BFloat16, BFloat16>(loss, begin, end);
   }
 }
 

@@ -34,7 +34,7 @@ struct FlowMatchingLoss {
 // result does not depend on the number of threads.
 struct FlowMatchingLossKernel {
   int64_t (*tiles)(const FlowMatchingLoss&);
-  void (*run)(const FlowMatchingLoss&, int64_t tile);
+  void (*run)(const FlowMatchingLoss&, int64_t begin, int64_t end);  // of the tiles
 };
 
 namespace baseline {

@@ -51,9 +51,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> flow_matching_loss_fo
   std::vector<double> partials(2 * tiles);
   loss.partials = partials.data();
   at::parallel_for(0, tiles, kTilesPerTask, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      kernel.run(loss, tile);
-    }
+    kernel.run(loss, begin, end);
   });
 
   double flow_matching = 0, frequency = 0;

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deco_fast.kernels import registration
 from deco_fast.kernels.flow_matching_loss import reference
-from deco_fast.kernels.registration import fused_ops, within_transform
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,10 +28,10 @@ def flow_matching_loss(
     """
     learned = table.requires_grad or (timestep_weight is not None and timestep_weight.requires_grad)
     dtypes = (prediction.dtype, target.dtype)
-    if learned or not set(_DTYPES).issuperset(dtypes) or within_transform():
+    if learned or not set(_DTYPES).issuperset(dtypes) or registration.within_transform():
         return reference.flow_matching_loss(prediction, target, table, weight, timestep_weight)
     with_gradient = torch.is_grad_enabled() and (prediction.requires_grad or target.requires_grad)
-    total, flow_matching, frequency, _ = fused_ops.flow_matching_loss(
+    total, flow_matching, frequency, _ = registration.flow_matching_loss(
         prediction, target, table, weight, timestep_weight, with_gradient
     )
     return total, flow_matching, frequency

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deco_fast import ops
 from deco_fast.errors import UserError
@@ -169,6 +171,42 @@ class TestCompile:
         expected = torch.autograd.grad(step(x, condition), leaves)
         result = torch.autograd.grad(torch.compile(step, fullgraph=True)(x, condition), leaves)
         torch.testing.assert_close(result, expected)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the ops that are called under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.called.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class TestDirectLoss:
+    """Where nobody looks the loss passes the dispatcher by, and nobody can tell."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_is_the_op(self, dtype: torch.dtype) -> None:
+        x, target = image(dtype), image()
+        direct = lose(x, target)
+        assert "_DirectLoss" in type(direct.grad_fn).__name__
+        with Recorder() as recorder:
+            seen = lose(x, target)
+        assert torch.equal(direct, seen)
+        result, expected = (torch.autograd.grad(total, [x, target]) for total in (direct, seen))
+        assert all(map(torch.equal, result, expected))
+        assert "deco_fast.flow_matching_loss.default" in recorder.called
+
+    def test_subclasses_see_the_op(self) -> None:
+        with FakeTensorMode() as mode:
+            x, table = mode.from_tensor(image()), mode.from_tensor(frequency_table())
+        total, *_ = ops.flow_matching_loss(x, x, table, 0.7)  # outside of the mode
+        assert isinstance(total, FakeTensor)
 
 
 class TestAutocast:
