@@ -5,7 +5,9 @@ from __future__ import annotations
 import glob
 import os
 import platform
+import runpy
 import sys
+from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, find_packages, setup
 
@@ -95,6 +97,8 @@ def _extension() -> dict[str, object]:
                 )
             super().build_extension(ext)
 
+    # By path: the package that this file is in may not be importable yet.
+    fingerprint = runpy.run_path("kernels/sources.py")["fingerprint"]
     extension = CppExtension(
         "deco_fast._C",
         sources=[
@@ -106,6 +110,7 @@ def _extension() -> dict[str, object]:
         ],
         depends=sorted(glob.glob("csrc/*.h")),
         include_dirs=[pybind11.get_include()],
+        define_macros=[("DECO_SOURCES", f"{fingerprint(Path('csrc')):#x}ull")],
         extra_compile_args=[*_FLAGS, *_OPENMP],
         extra_link_args=[*_OPENMP, *_SANITIZERS],
     )

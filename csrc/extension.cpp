@@ -11,6 +11,7 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "The C++ side of deco_fast: what this CPU can do, and the kernels for it.";
+  module.attr("sources") = DECO_SOURCES;  // see kernels/sources.py
   module.def(
       "instruction_set", [] { return deco::name(deco::selected_instruction_set()); },
       "The instruction set that the CPU kernels use: 'baseline', 'avx2', 'avx512', 'avx512_bf16' "

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+sources: int
+
 def instruction_set() -> str: ...
 def flow_matching_loss_forward(
     prediction: Tensor,

@@ -176,6 +176,9 @@ torch.library.register_autograd(
 )
 
 
+_PLAIN: Final = (Tensor, torch.nn.Parameter)
+
+
 class _DirectLoss(torch.autograd.Function):
     """The op as autograd calls it, without the dispatcher in between."""
 
@@ -185,9 +188,7 @@ class _DirectLoss(torch.autograd.Function):
         _loss_setup_context(ctx, inputs, output)
         return output
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        return _loss_backward(ctx, *gradients)
+    backward = staticmethod(_loss_backward)
 
 
 def flow_matching_loss(
@@ -211,12 +212,13 @@ def flow_matching_loss(
     return result
 
 
-def _nobody_looks(*tensors: Tensor) -> bool:
+def _nobody_looks(prediction: Tensor, target: Tensor) -> bool:
     """Whether neither a compiler, nor a mode, nor a kind of tensor asks which ops are called."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        and type(prediction) in _PLAIN
+        and type(target) in _PLAIN
     )
 
 

@@ -15,14 +15,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from deco_fast.errors import UserError
 from deco_fast.kernels.registration import INTERPRETED
+from deco_fast.kernels.sources import fingerprint
 
 OPS: Final = ("linear_upsample", "pixel_decoder", "flow_matching_loss")
 BACKENDS: Final = ("reference", "triton", "cpp")
@@ -43,6 +46,11 @@ _SOURCES: Final[dict[tuple[str, str], str]] = {
 # On CUDA it will be "triton" once its tests have passed on a GPU: so far they ran in Triton's
 # interpreter, which computes bfloat16 wrong and cannot show a race. DECO_BACKEND=triton forces it.
 _PREFERRED: Final = {"cpu": "cpp"}
+
+
+_BUILD: Final = "pip install --no-build-isolation -e ."
+# There in a checkout; a link where an editable install made a tree of links.
+_SOURCE_FOLDER: Final = Path(__file__).resolve().parents[1] / "csrc"
 
 
 def _devices(backend: str) -> tuple[str, ...]:
@@ -68,15 +76,35 @@ def extension_problem() -> str | None:
     except ImportError as error:
         return (
             f"deco_fast._C cannot be imported ({error}); with a C++ compiler, pybind11 and ninja: "
-            "pip install --no-build-isolation -e ."
+            f"{_BUILD}"
         )
-    return None
+    return stale_extension()
+
+
+def _extension_is_there() -> bool:
+    """Whether there is an extension that somebody built to use it, and no Triton in its place."""
+    return not INTERPRETED and importlib.util.find_spec("deco_fast._C") is not None
+
+
+def stale_extension() -> str | None:
+    """That the C++ extension was built from other sources than those beside it, or None.
+
+    Its functions may then take other arguments, or compute something else.
+    """
+    from deco_fast import _C
+
+    sources = fingerprint(_SOURCE_FOLDER)
+    if sources is None or sources == getattr(_C, "sources", None):
+        return None
+    return f"deco_fast._C was built from other sources than {_SOURCE_FOLDER} holds: {_BUILD}"
 
 
 def _load() -> tuple[dict[str, dict[str, Callable[..., Any]]], dict[str, dict[str, str]]]:
     implementations: dict[str, dict[str, Callable[..., Any]]] = {op: {} for op in OPS}
     absent: dict[str, dict[str, str]] = {op: {} for op in OPS}
     problems = {"reference": None, "triton": triton_problem(), "cpp": extension_problem()}
+    if problems["cpp"] is not None and _extension_is_there():
+        warnings.warn(f"{problems['cpp']}; until then the reference computes", stacklevel=2)
     for backend, problem in problems.items():
         for op in OPS:
             source = _SOURCES.get((op, backend))

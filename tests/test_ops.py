@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from deco_fast.kernels.pixel_decoder.reference import (
     BlockParameters,
     PixelDecoderParameters,
 )
+from deco_fast.kernels.sources import fingerprint
 
 PATCH, CHANNELS, HIDDEN = 4, 8, 12
 
@@ -146,6 +148,7 @@ def test_a_missing_dependency_is_the_reason(problem: str, monkeypatch: pytest.Mo
     backend = {"triton_problem": "triton", "extension_problem": "cpp"}[problem]
     monkeypatch.setitem(registry._SOURCES, ("pixel_decoder", backend), "no_such_module")
     monkeypatch.setattr(registry, problem, lambda: "it is not installed")
+    monkeypatch.setattr(registry, "_extension_is_there", lambda: False)
     implementations, absent = registry._load()
     assert absent["pixel_decoder"][backend] == "it is not installed"
     assert "reference" in implementations["pixel_decoder"]
@@ -156,6 +159,55 @@ def test_the_problems_name_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install triton" in str(registry.triton_problem())
     monkeypatch.setitem(sys.modules, "deco_fast._C", None)
     assert "pip install --no-build-isolation" in str(registry.extension_problem())
+
+
+class TestStaleExtension:
+    """An extension that was built from other sources than the checkout's."""
+
+    @pytest.fixture(autouse=True)
+    def _other_sources(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        pytest.importorskip("deco_fast._C", reason="the C++ extension is not built")
+        monkeypatch.setattr(registry, "INTERPRETED", False)
+        assert registry.extension_problem() is None
+        (tmp_path / "kernel.cpp").write_text("int changed;")
+        monkeypatch.setattr(registry, "_SOURCE_FOLDER", tmp_path)
+
+    def test_is_not_used_and_warned_of_once(self) -> None:
+        with pytest.warns(UserWarning, match=r"other sources.*pip install.*reference") as caught:
+            implementations, absent = registry._load()
+        assert len(caught) == 1
+        for op in registry.OPS:
+            assert "cpp" not in implementations[op]
+            assert "built from other sources" in absent[op]["cpp"]
+
+    def test_the_report_names_the_remedy(self, capsys: pytest.CaptureFixture[str]) -> None:
+        report.main()
+        (line,) = (
+            line for line in capsys.readouterr().out.splitlines() if line.startswith("C++ ext")
+        )
+        assert "built from other sources" in line
+        assert "pip install --no-build-isolation -e ." in line
+
+    def test_without_fingerprint_it_is_older_than_the_check(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from deco_fast import _C
+
+        monkeypatch.delattr(_C, "sources")
+        assert "other sources" in str(registry.extension_problem())
+
+
+def test_the_fingerprint_depends_on_names_and_contents(tmp_path: Path) -> None:
+    assert fingerprint(tmp_path) is None  # an installed package has no sources
+    (tmp_path / "a.cpp").write_text("1")
+    (tmp_path / "notes.txt").write_text("no source")
+    first = fingerprint(tmp_path)
+    (tmp_path / "a.cpp").write_text("2")
+    second = fingerprint(tmp_path)
+    (tmp_path / "a.cpp").rename(tmp_path / "b.cpp")
+    assert len({first, second, fingerprint(tmp_path)}) == 3
+    assert first is not None
+    assert 0 <= first < 2**64
 
 
 def test_an_unknown_backend_names_the_valid_ones(monkeypatch: pytest.MonkeyPatch) -> None:

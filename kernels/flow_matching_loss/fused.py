@@ -27,8 +27,8 @@ def flow_matching_loss(
     or timestep weights that want a gradient, and all inside of `torch.func` transforms.
     """
     learned = table.requires_grad or (timestep_weight is not None and timestep_weight.requires_grad)
-    dtypes = (prediction.dtype, target.dtype)
-    if learned or not set(_DTYPES).issuperset(dtypes) or registration.within_transform():
+    known = prediction.dtype in _DTYPES and target.dtype in _DTYPES
+    if learned or not known or registration.within_transform():
         return reference.flow_matching_loss(prediction, target, table, weight, timestep_weight)
     with_gradient = torch.is_grad_enabled() and (prediction.requires_grad or target.requires_grad)
     total, flow_matching, frequency, _ = registration.flow_matching_loss(
