@@ -57,8 +57,9 @@ HIGH = "engine, matmul precision high"
         ("deco-digits", True),
         pytest.param("deco-xl", True, marks=pytest.mark.paper),
         pytest.param("deco-xl", False, marks=pytest.mark.paper),
+        pytest.param("deco-xl-512", False, marks=pytest.mark.paper),
     ],
-    ids=["deco-digits", "deco-xl, guided at all times", "deco-xl, as recommended"],
+    ids=["deco-digits", "deco-xl-guided-throughout", "deco-xl-recommended", "deco-xl-512"],
 )
 def test_sampling(
     compare: Compare,
@@ -71,7 +72,7 @@ def test_sampling(
     config, card = PRESETS[name]
     digits = name == "deco-digits"
     steps = 2 if settings.trial else DIGITS_STEPS if digits else PAPER_STEPS
-    batch = 1 if settings.trial or not digits else DIGITS_BATCH
+    batch = settings.batch if not digits else 1 if settings.trial else DIGITS_BATCH
     images = Images(batch, card.height, card.width)
     settings.require_memory(4 * FLOAT32_BYTES * parameter_count(config))
     device = settings.device

@@ -1,0 +1,125 @@
+"""`python -m benchmarks.record`: pieces that save as they go."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import record
+from benchmarks.record import FIGURES, Piece, describe, gather, main, passed, pieces, run_piece
+
+FIGURE = {
+    "date": "2026-11-22T10:00:00+00:00",
+    "commit": "abc",
+    "machine": {
+        "device": "a GPU",
+        "threads": 2,
+        "cpu_capability": "AVX2",
+        "memory_bytes": 2**34,
+        "system": "Linux",
+        "versions": {"torch": "2.13.0"},
+        "gemm_flops_per_second": {"bfloat16": 7e14},
+        "copy_bytes_per_second": 4e12,
+    },
+    "comparisons": [
+        {
+            "title": "a task, bf16",
+            "conditions": "batch 32",
+            "flops": 10**12,
+            "bytes": 10**9,
+            "floor": 0.001,
+            "bound": "compute",
+            "rows": [{"variant": "triton, eager, bf16", "is_baseline": False, "median": 0.002}],
+        }
+    ],
+}
+
+
+def script(name: str, code: str) -> Piece:
+    return Piece(name, (sys.executable, "-c", code), seconds=1)
+
+
+def test_a_piece_leaves_its_output_and_its_status(tmp_path: Path) -> None:
+    good, bad = script("good", "print('hello')"), script("bad", "raise SystemExit(3)")
+    assert run_piece(good, tmp_path, 60) == 0
+    assert run_piece(bad, tmp_path, 60) == 3
+    assert "hello" in (tmp_path / "good" / "log.txt").read_text()
+    assert passed(good, tmp_path)
+    assert not passed(bad, tmp_path)
+    assert not passed(script("never", ""), tmp_path)
+
+
+def test_a_piece_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    endless = script("endless", "import time\nwhile True: time.sleep(1)")
+    assert run_piece(endless, tmp_path, 0.5) == 124
+    assert not passed(endless, tmp_path)
+
+
+def test_typed_again_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marker = tmp_path / "marker"
+    figures = json.dumps(FIGURE)
+    out = tmp_path / "out"
+    write = f"open({str(out / 'first' / FIGURES)!r}, 'w').write({figures!r})"
+    fails_once = f"import os; p = {str(marker)!r}\nif not os.path.exists(p): open(p, 'w'); 1 / 0"
+    two = [script("first", write), script("second", fails_once)]
+    monkeypatch.setattr(record, "pieces", lambda *_: two)
+    arguments = [str(out), "--device", "cpu"]
+    assert main(arguments) == 1
+    assert "second                   failed with 1" in capsys.readouterr().out
+    saved = json.loads((out / "record.json").read_text())
+    assert saved["pieces"]["second"]["status"] == 1
+    assert main(arguments) == 0
+    assert "first                    passed before" in capsys.readouterr().out
+    text = (out / "record.md").read_text()
+    for part in ("a task, bf16", "triton, eager, bf16", "bfloat16 product 700,000", "commit: abc"):
+        assert part in text
+
+
+def test_nothing_is_begun_that_would_end_too_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = Piece("slow", (sys.executable, "-c", "1 / 0"), seconds=120)
+    monkeypatch.setattr(record, "pieces", lambda *_: [slow])
+    assert main([str(tmp_path), "--device", "cpu", "--minutes", "1"]) == 1
+    assert "slow                     left for another time" in capsys.readouterr().out
+
+
+def test_rates_of_all_pieces_come_together(tmp_path: Path) -> None:
+    for name, dtype in (("one", "bfloat16"), ("two", "float32")):
+        (tmp_path / name).mkdir()
+        machine = {**FIGURE["machine"], "gemm_flops_per_second": {dtype: 1e12}}  # type: ignore[dict-item]
+        (tmp_path / name / FIGURES).write_text(json.dumps({**FIGURE, "machine": machine}))
+        (tmp_path / name / "status.json").write_text('{"status": 0, "seconds": 1.0}')
+    gathered = gather(["one", "two", "absent"], tmp_path)
+    assert gathered["machine"]["gemm_flops_per_second"] == {"bfloat16": 1e12, "float32": 1e12}
+    assert len(gathered["comparisons"]) == 2
+    assert "float32 product 1,000" in describe(gathered)
+
+
+@pytest.mark.parametrize(("device", "trial"), [("cuda", False), ("cpu", True)])
+def test_every_piece_names_what_exists(device: str, trial: bool, tmp_path: Path) -> None:
+    chosen = list(pieces(device, trial, tmp_path))
+    assert len({piece.name for piece in chosen}) == len(chosen)
+    for piece in chosen:
+        files = [word for word in piece.command if word.startswith(("tests", "benchmarks/"))]
+        assert all((record.ROOT / file).exists() for file in files), piece
+        assert piece.seconds < record.PIECE_SECONDS
+
+
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path), "--device", "cpu", "--only", "lunch"]) == 2
+    assert "--only lunch: there is no such piece; choose install" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> None:
+    arguments = [str(tmp_path), "--device", "cpu", "--trial", "--only", "backends", "loss"]
+    assert main(arguments) == 0
+    saved = json.loads((tmp_path / "record.json").read_text())
+    assert {row["variant"] for comparison in saved["comparisons"] for row in comparison["rows"]}
+    assert saved["machine"]["versions"]["torch"]
