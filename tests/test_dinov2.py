@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from golden import relative_error
 from numpy.typing import NDArray
 from safetensors.torch import save_file
@@ -187,6 +189,28 @@ def test_random_weights_follow_the_seed() -> None:
     weight = "encoder.layer.0.mlp.fc1.weight"
     assert torch.equal(first.get_parameter(weight), same.get_parameter(weight))
     assert not torch.equal(first.get_parameter(weight), other.get_parameter(weight))
+
+
+@pytest.mark.soak
+def test_the_compiled_encoder_says_the_same() -> None:
+    encoder = DINOv2(small(), precision="fp32")
+    images = torch.rand(2, 3, 96, 96) * 2 - 1
+    eager = encoder(images)
+    encoder.compile(fullgraph=True)
+    assert relative_error(encoder(images), eager) < 1e-5
+
+
+def test_attention_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a mask, flash attention would be out of the question."""
+    attention, masks = F.scaled_dot_product_attention, []
+
+    def spy(*arguments: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        masks.append(attn_mask)
+        return attention(*arguments, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    DINOv2(small(), precision="fp32")(torch.rand(1, 3, 32, 32))
+    assert masks == [None] * DEPTH
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from deco_fast.alignment.cache import FeatureCache
+from deco_fast.alignment.features import Features
 from deco_fast.errors import UserError
 
 COUNT, SHAPE = 6, (4, 8)
@@ -128,3 +129,56 @@ def test_a_cache_beyond_its_bounds_is_refused(
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         cache_in(tmp_path / "file")
+
+
+class CountingEncoder:
+    """Features that follow from the image alone, and how many images were asked for."""
+
+    feature_size = SHAPE[1]
+
+    def __init__(self) -> None:
+        self.images = 0
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.images += len(images)
+        means = images.mean(dim=(1, 2, 3))[:, None, None]
+        return means * torch.arange(1.0, 33.0).view(1, *SHAPE)
+
+
+def test_features_are_the_same_with_and_without_their_cache(tmp_path: Path) -> None:
+    encoder = CountingEncoder()
+    cached = Features(encoder, cache_in(tmp_path))  # type: ignore[arg-type]
+    images = torch.rand(COUNT, 3, 8, 8) * 2 - 1
+    indices = torch.tensor([3, 1, 5, 0, 2, 4])
+    computed = Features(encoder)(images, indices)  # type: ignore[arg-type]
+    encoder.images = 0
+
+    first = cached(images[:4], indices[:4])
+    cached.flush()
+    assert encoder.images == 4 and cached.cache is not None and cached.cache.filled == 4
+    # Some are there and some are not, then all are.
+    mixed = cached(images[2:], indices[2:])
+    cached.flush()
+    assert encoder.images == 8
+    again = cached(images, indices)
+    assert encoder.images == 8
+    assert torch.equal(again[:4], first) and torch.equal(again[2:], mixed)
+    assert again.dtype == torch.float32
+    assert torch.equal(again, computed.half().float())
+    assert "100% filled" in cached.describe()
+
+
+def test_a_damaged_cache_is_computed_anew(tmp_path: Path) -> None:
+    encoder, images = CountingEncoder(), torch.rand(COUNT, 3, 8, 8)
+    indices = torch.arange(COUNT)
+    cached = Features(encoder, cache_in(tmp_path))  # type: ignore[arg-type]
+    expected = cached(images, indices)
+    cached.flush()
+    assert cached.cache is not None
+    file = cached.cache.path / "features"
+    file.write_bytes(b"\x01" * file.stat().st_size)
+    assert torch.equal(cached(images, indices), expected)
+    cached.flush()
+    assert cached.cache.damaged == COUNT and encoder.images == 2 * COUNT
+    assert torch.equal(cached(images, indices), expected)
+    assert encoder.images == 2 * COUNT

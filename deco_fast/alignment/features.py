@@ -1,0 +1,102 @@
+"""The targets of REPA for a batch: from the frozen encoder, or from what it said before."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from deco_fast.alignment.cache import DTYPE, FeatureCache
+
+if TYPE_CHECKING:
+    from deco_fast.alignment.dinov2 import DINOv2
+
+# Checksums and copies run outside of Python's lock, so threads read side by side.
+_READERS = 4
+
+
+class Features:
+    """The frozen encoder's features of a batch.
+
+    With a cache, the features of images met before are read. The others are rounded as the cache
+    rounds, so that a training is the same with a full cache and with an empty one, and written
+    while the training goes on.
+
+    Args:
+        encoder: on the device of the training.
+        cache: of the data set's samples.
+    """
+
+    def __init__(self, encoder: DINOv2, cache: FeatureCache | None = None) -> None:
+        self.encoder = encoder
+        self.cache = cache
+        self._readers = ThreadPoolExecutor(_READERS) if cache is not None else None
+        self._writer = ThreadPoolExecutor(1) if cache is not None else None
+        self._writing: Future[None] | None = None
+
+    @property
+    def channels(self) -> int:
+        """Of a token; 768 for DINOv2-B."""
+        return self.encoder.feature_size
+
+    def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
+        """Features (B, N, channels), float32.
+
+        Args:
+            images: (B, 3, H, W) in [−1, 1], on the device.
+            indices: (B,) int64 on the CPU, of the samples in the data set.
+        """
+        if self.cache is None or self._readers is None:
+            return self.encoder(images)
+        numbers = indices.tolist()
+        known = list(self._readers.map(self.cache.read, numbers))
+        found = [entry for entry in known if entry is not None]
+        if len(found) == len(known):
+            return torch.stack(found).to(images.device, non_blocking=True).float()
+        # All of them: another batch size would be compiled anew.
+        features = self.encoder(images).to(DTYPE)
+        missing = [i for i, entry in enumerate(known) if entry is None]
+        self._write([numbers[i] for i in missing], features[missing])
+        if found:
+            present = [i for i, entry in enumerate(known) if entry is not None]
+            features[present] = torch.stack(found).to(images.device)
+        return features.float()
+
+    def compile(self) -> None:
+        """Compile the encoder with torch.compile, at its next call."""
+        self.encoder.compile()
+
+    def flush(self) -> None:
+        """Wait until everything computed so far is in the cache."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def describe(self) -> str:
+        """Channels and cache, for people."""
+        text = f"REPA with DINOv2 of {self.channels} channels"
+        if self.cache is None:
+            return text
+        cache = self.cache
+        return (
+            f"{text}, features kept in {cache.path}: {cache.size / 2**30:,.1f} GiB when full, "
+            f"{cache.filled / cache.count:.0%} filled"
+        )
+
+    def _write(self, numbers: Sequence[int], features: Tensor) -> None:
+        assert self.cache is not None and self._writer is not None
+        self.flush()  # one batch at a time is under way: memory stays bounded
+        self._writing = self._writer.submit(self.cache.write, numbers, features)
+
+
+def fingerprint(encoder: DINOv2) -> str:
+    """A hash of the encoder's weights and of how it reads images."""
+    digest = hashlib.sha256(f"{encoder.patch_size} {encoder.precision}".encode())
+    for name, tensor in sorted(encoder.backbone.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
