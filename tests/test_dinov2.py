@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from scipy.special import erf
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("transformers")
 
@@ -23,7 +24,9 @@ from transformers import Dinov2Config, Dinov2Model
 from deco_fast.alignment import load_encoder
 from deco_fast.alignment.dinov2 import DINOv2, random_dinov2
 from deco_fast.alignment.weights import load_dinov2
+from deco_fast.config import load_config
 from deco_fast.errors import UserError
+from deco_fast.training.estimate import estimate
 
 Array = NDArray[np.float64]
 
@@ -211,6 +214,14 @@ def test_attention_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     DINOv2(small(), precision="fp32")(torch.rand(1, 3, 32, 32))
     assert masks == [None] * DEPTH
+
+
+def test_the_estimate_counts_what_b14_computes() -> None:
+    with torch.device("meta"):
+        encoder = DINOv2(random_dinov2(), precision="fp32")
+    with FlopCounterMode(display=False) as counter:
+        encoder(torch.zeros(1, 3, 256, 256, device="meta"))
+    assert estimate(load_config("c2i_l_256")).encoder_flops == counter.get_total_flops()
 
 
 @pytest.mark.slow
