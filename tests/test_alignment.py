@@ -17,6 +17,7 @@ from test_training import ROOT, TINY, assert_identical, run, weights
 from torch import Tensor
 
 from deco_fast.alignment import Projector, alignment_loss
+from deco_fast.alignment.features import Features
 from deco_fast.checkpoint import load_checkpoint, load_training_state
 from deco_fast.config import RunConfig, load_config
 from deco_fast.data.loader import Batch
@@ -38,6 +39,10 @@ class StubEncoder:
     def __call__(self, images: Tensor) -> Tensor:
         assert len(images) == len(self.features)
         return self.features
+
+
+def stub(features: Tensor) -> Features:
+    return Features(StubEncoder(features))  # type: ignore[arg-type]
 
 
 # --- goldens --------------------------------------------------------------------------------
@@ -83,7 +88,7 @@ def test_a_training_step_equals_golden(name: str, monkeypatch: pytest.MonkeyPatc
     file = f"trainer_deco_c2i_{name}"
     golden, meta = tensors(file), metadata(file)
     config = golden_config(golden, meta)
-    training = TrainingStep(config, SINGLE, StubEncoder(golden["in.encoder_features"]))  # type: ignore[arg-type]
+    training = TrainingStep(config, SINGLE, stub(golden["in.encoder_features"]))
     training.model.load_state_dict(load_model(meta["model_file"]).state_dict())
     projector = training.objective.projector
     assert projector is not None
@@ -244,13 +249,56 @@ def test_a_stopped_run_resumes_bit_identically(
             assert torch.equal(value, moments[1][index][key]), key
 
 
+def test_features_are_kept_on_the_disk(
+    tmp_path: Path,
+    dinov2: str,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from deco_fast.alignment.dinov2 import DINOv2
+
+    asked: list[int] = []
+    forward = DINOv2.forward
+
+    def counted(self: DINOv2, images: Tensor) -> Tensor:
+        asked.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(DINOv2, "forward", counted)
+    options = aligned(dinov2, f"--alignment.cache={tmp_path / 'cache'}")
+    # 16 tokens of 64 channels for each of the 1,437 digits.
+    assert run(tmp_path / "first", 5, *options) == 0
+    assert "0.00274 GiB when full, 0% filled" in capsys.readouterr().out
+    assert sum(asked) == 5 * 8
+    asked.clear()
+    assert run(tmp_path / "second", 6, *options) == 0
+    assert "3% filled" in capsys.readouterr().out
+    assert sum(asked) == 8  # of the sixth step
+    run(tmp_path / "third", 5, *options)
+    assert_identical(weights(tmp_path / "first", 5), weights(tmp_path / "third", 5))
+    (file,) = (tmp_path / "cache").glob("*/features")
+    assert file.stat().st_size == 1437 * 16 * 64 * 2
+
+    asked.clear()
+    file.write_bytes(b"\x01" * file.stat().st_size)
+    assert run(tmp_path / "fourth", 5, *options) == 0
+    assert sum(asked) == 5 * 8 and "is damaged" in caplog.text
+    assert_identical(weights(tmp_path / "first", 5), weights(tmp_path / "fourth", 5))
+    # Another image size, another cache.
+    run(tmp_path / "larger", 1, *options, "--data.height=40", "--data.width=40")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert run(tmp_path / "fifth", 1, *options, "--alignment.cache_gib=0.001") == 2
+    assert "more than alignment.cache_gib 0.001: raise it" in capsys.readouterr().err
+
+
 def test_clipping_counts_the_projector(dinov2: str) -> None:
     options = [f"--alignment.encoder={dinov2}", "--training.gradient_clipping=1e-3"]
     config = load_config(
         "deco-digits",
         [*TINY, *options, "--alignment.enabled=true", "--alignment.layer=1"],
     )
-    training = TrainingStep(config, SINGLE, StubEncoder(torch.randn(8, 16, 64)))  # type: ignore[arg-type]
+    training = TrainingStep(config, SINGLE, stub(torch.randn(8, 16, 64)))
     norm: list[Tensor] = []
 
     def note(*_: object) -> None:

@@ -70,7 +70,7 @@ class FeatureCache:
         self._damaged = torch.zeros(1, dtype=torch.int64).share_memory_()
         if self.size > limit:
             raise UserError(
-                f"alignment.cache would take {self.size / _GIB:,.1f} GiB for {count:,} samples, "
+                f"alignment.cache would take {self.size / _GIB:.3g} GiB for {count:,} samples, "
                 f"more than alignment.cache_gib {limit / _GIB:g}: raise it, or leave the cache out"
             )
         try:
@@ -88,8 +88,8 @@ class FeatureCache:
             ) from error
         if missing > free:
             raise UserError(
-                f"alignment.cache needs {missing / _GIB:,.1f} GiB more in {folder}, where "
-                f"{free / _GIB:,.1f} GiB are free: choose another folder, or leave the cache out"
+                f"alignment.cache needs {missing / _GIB:.3g} GiB more in {folder}, where "
+                f"{free / _GIB:.3g} GiB are free: choose another folder, or leave the cache out"
             )
 
     def read(self, index: int) -> Tensor | None:
@@ -102,6 +102,8 @@ class FeatureCache:
             return None
         entry = self._features[index].copy()
         if _checksum(entry) != mark:
+            if not self._damaged:
+                _log.warning("alignment.cache %s is damaged: what is, is computed anew", self.path)
             self._damaged += 1
             return None
         return torch.from_numpy(entry)

@@ -66,6 +66,8 @@ def _train(config: RunConfig, path: Path, processes: Processes, max_seconds: flo
         f"{len(trainer.dataset):,} images, {config.training.batch_size} a step, "
         f"{processes.world_size} × {processes.device}, {config.training.precision}"
     )
+    if trainer.training.features is not None:
+        say(trainer.training.features.describe())
     keep_compiled_code()
     with explain_compile_errors("set --training.compile false"):
         interrupt = trainer.run()

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from deco_fast.checkpoint import newest_checkpoint, remove_leftovers
-from deco_fast.config import RunConfig
+from deco_fast.config import RunConfig, load_config
 from deco_fast.errors import UserError
 
 # What may differ between the start of a run and its resumption without changing its weights, or
@@ -67,9 +66,10 @@ class RunFolder:
 
     def _compare(self, stored: Path) -> None:
         try:
-            before = _flatten(yaml.safe_load(stored.read_text(encoding="utf-8")))
-        except (OSError, yaml.YAMLError, AttributeError) as error:
-            raise UserError(f"{stored} is not readable: choose another --out") from error
+            # Keys that the file does not know yet had their defaults.
+            before = _flatten(load_config(str(stored)).model_dump(mode="json"))
+        except UserError as error:
+            raise UserError(f"{stored} is not readable ({error}): choose another --out") from error
         now = _flatten(self.config.model_dump(mode="json"))
         changed = [
             f"{key} was {before.get(key)}, is {now.get(key)}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from deco_fast.alignment.features import Features
 from deco_fast.config import RunConfig
 from deco_fast.data.loader import Batch
 from deco_fast.errors import UserError
@@ -19,9 +20,6 @@ from deco_fast.training.draws import Draws, draw_step
 from deco_fast.training.ema import ExponentialMovingAverage
 from deco_fast.training.guard import LossGuard
 from deco_fast.training.objective import Objective
-
-if TYPE_CHECKING:
-    from deco_fast.alignment.dinov2 import DINOv2
 
 
 class StepFigures(NamedTuple):
@@ -48,7 +46,7 @@ class TrainingStep:
     Args:
         config: the run.
         processes: this process among those of the run.
-        encoder: the frozen encoder of a run with REPA, from `open_encoder`.
+        features: the targets of a run with REPA.
 
     Attributes:
         model: the network.
@@ -62,7 +60,7 @@ class TrainingStep:
     """
 
     def __init__(
-        self, config: RunConfig, processes: Processes, encoder: DINOv2 | None = None
+        self, config: RunConfig, processes: Processes, features: Features | None = None
     ) -> None:
         training = config.training
         self.config, self.processes = config, processes
@@ -70,8 +68,8 @@ class TrainingStep:
         self.micro_batch_size = _micro_batch_size(config, processes)
         torch.manual_seed(training.seed)
         self.model = DeCo(config.model, config.card()).to(self.device)
-        self.encoder = encoder
-        feature_size = None if encoder is None else encoder.feature_size
+        self.features = features
+        feature_size = None if features is None else features.channels
         self.objective = Objective(self.model, config, feature_size).to(self.device)
         self.ema = ExponentialMovingAverage(self.model, training.ema_decay)
         if training.recompute_activations:
@@ -96,8 +94,8 @@ class TrainingStep:
         self.network = parallel.prepare_network(
             self.objective, self.config.training, self.processes
         )
-        if self.encoder is not None and self.config.training.compile:
-            self.encoder.compile()
+        if self.features is not None and self.config.training.compile:
+            self.features.compile()
 
     def __call__(self, step: int, batch: Batch) -> StepFigures:
         """Make a step.
@@ -114,7 +112,7 @@ class TrainingStep:
         for part in range(parts):
             own = slice(part * size, (part + 1) * size)
             x, (y, t, noise) = self._inputs(step, batch, own)
-            features = None if self.encoder is None else self.encoder(x)
+            features = None if self.features is None else self.features(x, batch.indices[own])
             with parallel.reduce_gradients(self.network, now=part == parts - 1):
                 losses: dict[str, Tensor] = self.network(x, y, t, noise, features)
                 (losses["total"] / parts).backward()
@@ -131,6 +129,11 @@ class TrainingStep:
             (*(f"loss/{name}" for name in sums), "gradient_norm", "tripped"),
             torch.cat([losses_over_all, torch.stack([norm, self.guard.tripped])]),
         )
+
+    def close(self) -> None:
+        """End what goes on beside the steps."""
+        if self.features is not None:
+            self.features.flush()
 
     def draws(self, step: int, batch: Batch) -> Draws:
         """The labels, times and noise that a batch meets in a step."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from deco_fast.alignment import load_encoder
+from deco_fast.alignment.features import open_features
 from deco_fast.config import RunConfig
 from deco_fast.models.deco import DeCo
 from deco_fast.sampling.engine import SamplingEngine
@@ -29,9 +29,6 @@ from deco_fast.training.monitor import Monitor
 from deco_fast.training.run_folder import RunFolder
 from deco_fast.training.step import TrainingStep, learning_rate
 from deco_fast.training.time_limit import TimeLimit
-
-if TYPE_CHECKING:
-    from deco_fast.alignment.dinov2 import DINOv2
 
 # What a checkpoint is assumed to take before one has been written: a slow network disk.
 _ASSUMED_BYTES_PER_SECOND = 100e6
@@ -65,7 +62,10 @@ class Trainer:
         self.step = 0
         self.dataset = open_dataset(config, processes)
         self._loader_state: dict[str, Any] | None = None
-        self.training = TrainingStep(config, processes, _open_encoder(config, processes.device))
+        features = None
+        if config.alignment.enabled:
+            features = open_features(config, self.dataset, processes.device)
+        self.training = TrainingStep(config, processes, features)
         parameters = sum(p.numel() for p in self.training.objective.parameters())
         # float32: weights, their average, two moments.
         self.limit = TimeLimit(max_seconds, 16 * parameters / _ASSUMED_BYTES_PER_SECOND)
@@ -112,7 +112,7 @@ class Trainer:
             enabled=self.processes.is_main,
         )
         writer = state.CheckpointWriter(self.training, self.folder)
-        with monitor, closing(writer), catch_interrupt() as interrupt:
+        with monitor, closing(writer), closing(self.training), catch_interrupt() as interrupt:
             while self.step < config.training.steps:
                 asked = time.perf_counter()
                 batch = next(batches)
@@ -188,13 +188,3 @@ class Trainer:
     def _report_damaged(self) -> None:
         if self.dataset.damage is not None and (names := self.dataset.damage.names()):
             print(f"{len(names)} damaged images were skipped, {names[0]} first: see damaged.txt")
-
-
-def _open_encoder(config: RunConfig, device: torch.device) -> DINOv2 | None:
-    """The frozen encoder of a run with REPA."""
-    if not config.alignment.enabled:
-        return None
-    encoder = load_encoder(
-        config.alignment.encoder, config.model.patch_size, config.training.precision
-    )
-    return encoder.to(device)
