@@ -145,6 +145,11 @@ def check_backend(*ops: str) -> None:
             )
 
 
+def is_allowed(backend: str) -> bool:
+    """Whether no other backend is forced."""
+    return _forced in (None, backend)
+
+
 def backend_for(op: str, device_type: str) -> str:
     """The name of the backend that computes `op` for tensors on `device_type`.
 

@@ -43,7 +43,7 @@ def random_model(config: DeCoConfig = CONFIG) -> DeCo:
 
 def plain(model: DeCo, noise: Tensor, labels: list[int], settings: SamplingSettings) -> Tensor:
     with ops.use_backend("reference"):
-        return sample(model, noise, torch.tensor(labels), **asdict(settings))
+        return sample(model, noise, torch.tensor(labels, device=noise.device), **asdict(settings))
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -178,6 +178,13 @@ class TestLayout:
         assert not WeightLayout.best(torch.device("cuda"), torch.bfloat16, 1152).packed
         assert not WeightLayout.best(cpu, torch.float64, 1152).packed
 
+    def test_a_forced_backend_is_obeyed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("deco_fast.models.prepared.can_pack", lambda dtype: True)
+        cpu = torch.device("cpu")
+        assert WeightLayout.best(cpu, torch.bfloat16, 1152).packed
+        with ops.use_backend("reference"):
+            assert not WeightLayout.best(cpu, torch.bfloat16, 1152).packed
+
     def test_three_products_are_torch_s_setting(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("deco_fast.models.prepared.can_pack", lambda dtype: True)
         cpu = torch.device("cpu")
@@ -277,19 +284,16 @@ class TestGpu:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("compile", [False, True])
-    def test_agrees_with_the_plain_loop(self, dtype: torch.dtype, compile: bool) -> None:
-        start, labels = noise(5), [0, 3, 3, 9, 10]
-        expected = plain(random_model(), start, labels, GUIDED)
-        model = random_model(replace(CONFIG, depth=9)).to("cuda", dtype)
-        if dtype == torch.float32:
-            expected = plain(model, start.cuda(), labels, GUIDED).cpu()
+    @pytest.mark.parametrize("depth", [2, 9])
+    def test_agrees_with_the_plain_loop(
+        self, dtype: torch.dtype, compile: bool, depth: int
+    ) -> None:
+        start, labels = noise(5).cuda(), [0, 3, 3, 9, 10]
+        model = random_model(replace(CONFIG, depth=depth)).to("cuda", dtype)
+        expected = plain(model, start, labels, GUIDED)
         engine = SamplingEngine(model, batch_size=4, compile=compile)
         engine.warm_up()
-        images = torch.cat(
-            [engine(start[:4].cuda(), labels[:4]), engine(start[4:].cuda(), labels[4:])]
-        ).cpu()
-        if dtype == torch.bfloat16:
-            expected = plain(model, start.cuda(), labels, GUIDED).cpu()
+        images = torch.cat([engine(start[:4], labels[:4]), engine(start[4:], labels[4:])])
         assert error(images, expected) < (1e-4 if dtype == torch.float32 else 5e-2)
 
     def test_the_host_never_waits_inside_the_loop(self) -> None:

@@ -23,6 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from deco_fast.kernels.packed_linear.cpu import can_pack, interleave, pack, packed_linear
+from deco_fast.kernels.registry import is_allowed
 from deco_fast.models.attention import attention
 from deco_fast.models.dit import DiTBlock, SwiGLU
 from deco_fast.models.embeddings import rotary_table
@@ -50,7 +51,8 @@ class WeightLayout:
         Three products stand for one where `torch.set_float32_matmul_precision("high")` allows it,
         as torch's documentation defines that setting, and the processor multiplies bfloat16.
         """
-        if device.type != "cpu" or width < _PACK_FROM_WIDTH or not can_pack(dtype):
+        ours = device.type == "cpu" and width >= _PACK_FROM_WIDTH and is_allowed("cpp")
+        if not ours or not can_pack(dtype):
             return cls(packed=False)
         allowed = torch.get_float32_matmul_precision() != "highest"
         three_products = dtype == torch.float32 and allowed and can_pack(torch.bfloat16)

@@ -17,12 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deco_fast.kernels.registration import INTERPRETED, fused_ops
-
-try:
-    from deco_fast import _C
-except ImportError:
-    _C = None  # type: ignore[assignment]
+from deco_fast.kernels.registration import fused_ops
+from deco_fast.kernels.registry import extension_problem
 
 _BLOCK = 64  # rows of the weight that lie together
 _HALF = _BLOCK // 2
@@ -31,8 +27,10 @@ _HALF = _BLOCK // 2
 @functools.cache
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this machine computes with packed weights for inputs of this dtype."""
-    if _C is None or INTERPRETED or dtype not in (torch.float32, torch.bfloat16):
+    if extension_problem() is not None or dtype not in (torch.float32, torch.bfloat16):
         return False
+    from deco_fast import _C
+
     if not _C.has_block_products():
         return False
     probe = torch.zeros(_BLOCK, 2, dtype=dtype)
@@ -50,6 +48,8 @@ def pack(weight: Tensor, *, three_products: bool = False) -> Tensor:
         weight: float32 or bfloat16.
         three_products: of a float32 weight the high and the low part in bfloat16.
     """
+    from deco_fast import _C
+
     return _C.pack_weight(weight.contiguous(), three_products)
 
 
@@ -84,6 +84,8 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, swiglu: bool
 ) -> Tensor:
     """See `deco_fast.kernels.registration`."""
+    from deco_fast import _C
+
     rows = x.flatten(0, -2).contiguous()
     result = _C.packed_linear(rows, weight, bias, out_features, swiglu)
     return result.view(*x.shape[:-1], result.shape[-1])
