@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import re
 import signal
@@ -138,6 +139,22 @@ def test_an_error_in_a_worker_is_one_line(root: Path) -> None:
     with pytest.raises(UserError, match=r"^3 of 23 images are damaged") as caught:
         batches(dataset, 20, workers=2)
     assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("root", ["shards"], indirect=True)
+def test_a_worker_that_dies_ends_the_run(root: Path) -> None:
+    dataset = open_images(root)
+    stream = read_batches(dataset, EpochBatches(len(dataset), 6, 1), workers=1)
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"a loader process has died .* lower data\.workers"):
+        for _ in range(10):
+            next(stream)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def read_batches(
         device: where the batches shall be.
 
     Raises:
-        UserError: as the dataset.
+        UserError: as the dataset, or a worker has died.
     """
     device = torch.device(device)
     loader: DataLoader[tuple[Tensor, int, int]] = DataLoader(
@@ -95,12 +95,28 @@ def read_batches(
         worker_init_fn=_start_worker,
     )
     batches = iter(loader)
+    failure = ""
     while True:
         try:
             images, labels, indices = next(batches)
         except UserError as error:
             # From a worker the message comes wrapped in that worker's traceback.
-            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+            failure = str(error).rsplit("UserError: ", 1)[-1].strip()
+            error.with_traceback(None)
+        except (RuntimeError, OSError, EOFError) as error:
+            # A batch that was ready comes through a connection to the worker, which then breaks.
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            failure = (
+                f"a loader process has died ({error}): its memory may have run out; lower "
+                "data.workers or data.prefetch, or give a container more shared memory"
+            )
+            error.with_traceback(None)
+        if failure:
+            # Here and without the tracebacks, which would keep the workers until the garbage
+            # collector finds them: they take ten seconds to end then.
+            del batches
+            raise UserError(failure)
         images = images.to(device, non_blocking=True)
         yield Batch(
             normalise(images) if images.dtype == torch.uint8 else images,
