@@ -324,6 +324,7 @@ def test_too_much_damage_stops_a_run_and_names_it(
     assert train(root, tmp_path / "run", 40, *options) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.match(r"error: 3 of 23 images are damaged, .* 0\.1 .*004\.png: repair", error)
+    assert (tmp_path / "run/damaged.txt").read_text().count("\n") == len(DAMAGED)
 
 
 @pytest.mark.parametrize("root", ["shards"], indirect=True)

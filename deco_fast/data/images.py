@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import cached_property
 from typing import Protocol
 
 from PIL import Image
@@ -95,7 +96,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         """Labels are below it."""
         return self.source.num_classes
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of the images' names and labels in their order, which a resumed run relies on."""
         return fingerprint(self.source.names, self.source.labels)

@@ -105,10 +105,23 @@ class RunFolder:
         return newest_checkpoint(self.path)
 
     def list_damaged(self, names: Sequence[str]) -> None:
-        """Write damaged.txt, a line for each image or shard; nothing where there are none."""
-        if names:
-            lines = (name.encode("utf-8", "backslashreplace").decode() for name in names)
-            write_atomically(self.path / "damaged.txt", "\n".join(lines) + "\n")
+        """Add to damaged.txt what it does not name yet, a line for each image or shard.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        path = self.path / "damaged.txt"
+        # The name of a file need not be text.
+        lines = [name.encode("utf-8", "backslashreplace").decode() for name in names]
+        try:
+            before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            if not set(lines) <= set(before):
+                listed = dict.fromkeys([*before, *lines])
+                write_atomically(path, "\n".join(listed) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); free some space"
+            ) from error
 
     def drop_old_checkpoints(self, keep: int) -> None:
         """Delete all but the newest `keep` checkpoints."""

@@ -7,7 +7,8 @@ anywhere goes on exactly as if it had not, on any number of processes.
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from deco_fast.alignment.features import open_features
 from deco_fast.config import RunConfig
+from deco_fast.errors import UserError
 from deco_fast.models.deco import DeCo
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import image_grid, save_grid
@@ -112,7 +114,13 @@ class Trainer:
             enabled=self.processes.is_main,
         )
         writer = state.CheckpointWriter(self.training, self.folder)
-        with monitor, closing(writer), closing(self.training), catch_interrupt() as interrupt:
+        with (
+            self._listing_damaged(),
+            monitor,
+            closing(writer),
+            closing(self.training),
+            catch_interrupt() as interrupt,
+        ):
             while self.step < config.training.steps:
                 asked = time.perf_counter()
                 batch = next(batches)
@@ -136,7 +144,8 @@ class Trainer:
                 if saving:
                     began = time.monotonic()
                     writer.save(self.step, batches.state_dict(self.step))
-                    self._list_damaged()
+                    if self.processes.is_main:
+                        self._list_damaged()
                     if last or stopping:
                         writer.wait()
                     self.limit.saved(time.monotonic() - began)
@@ -181,9 +190,18 @@ class Trainer:
         monitor.say(f"samples: {path}")
 
     def _list_damaged(self) -> None:
-        """Name in the run's folder what every process has found damaged."""
-        if self.processes.is_main and self.dataset.damage is not None:
+        """Name in the run's folder what this process knows to be damaged."""
+        if self.dataset.damage is not None:
             self.folder.list_damaged(self.dataset.damage.names())
+
+    @contextmanager
+    def _listing_damaged(self) -> Iterator[None]:
+        """When too much is damaged, leave its names to whoever shall repair it."""
+        try:
+            yield
+        except UserError:
+            self._list_damaged()
+            raise
 
     def _report_damaged(self) -> None:
         if self.dataset.damage is not None and (names := self.dataset.damage.names()):
