@@ -18,15 +18,13 @@ class Objective(nn.Module):
     One module, so that DDP reduces, FSDP2 shards and torch.compile sees the whole step's forward.
 
     Args:
-        model: the network to train.
+        model: the network to train, on its device.
         config: the run.
         feature_size: channels of the frozen encoder's features, where the run has REPA.
 
     Attributes:
         projector: what REPA trains beside the network; None without it.
     """
-
-    table: Tensor
 
     def __init__(self, model: DeCo, config: RunConfig, feature_size: int | None = None) -> None:
         super().__init__()
@@ -42,8 +40,9 @@ class Objective(nn.Module):
         self.frequency_weight = loss.frequency_weight
         self.timestep_weight = config.flow.timestep_weight
         self.bf16 = config.training.precision == "bf16"
-        self.register_buffer(
-            "table", frequency_table(loss.quality, loss.mode, loss.gamma), persistent=False
+        # Not a buffer: DDP would send it round before every step.
+        self.table = frequency_table(loss.quality, loss.mode, loss.gamma).to(
+            model.patch_embedder.weight.device
         )
 
     def forward(

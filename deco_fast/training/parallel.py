@@ -73,7 +73,6 @@ def prepare_network(
         network = DistributedDataParallel(
             objective,
             [processes.device] if processes.device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
     if config.compile:

@@ -1,0 +1,259 @@
+"""What happens to long runs: kills, time limits, damaged checkpoints, a loss that is no number."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import TINY, assert_identical, forget_after, saved
+from safetensors.torch import load_file
+
+from deco_fast.checkpoint import load_checkpoint
+from deco_fast.cli.train import main
+from deco_fast.config import load_config
+from deco_fast.data.digits import DigitsDataset
+from deco_fast.data.order import EpochBatches
+from deco_fast.errors import UserError
+from deco_fast.training.guard import LossGuard
+from deco_fast.training.time_limit import TimeLimit, parse_duration
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(folder: Path, steps: int, *options: str) -> int:
+    arguments = [*TINY, f"--training.steps={steps}", "--device=cpu", f"--out={folder}"]
+    return main([*arguments, *options])
+
+
+# Killed at any moment
+
+
+def start(folder: Path, steps: int) -> subprocess.Popen[bytes]:
+    options = [f"--training.steps={steps}", "--output.checkpoint_every=3", "--device=cpu"]
+    return subprocess.Popen(
+        [sys.executable, "train.py", *TINY, *options, f"--out={folder}"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def kill_at_random(folder: Path, steps: int, moments: random.Random) -> str:
+    """Start the run and kill it: while it starts, between two steps, or inside a checkpoint."""
+    process = start(folder, steps)
+    checkpoints = folder / "checkpoints"
+    before = len(list(checkpoints.glob("step-*"))) if checkpoints.exists() else 0
+    moment = moments.choice(("start", "step", "checkpoint", "checkpoint"))
+    # Of the checkpoints that it will write.
+    wanted = moments.randrange(4)
+    while process.poll() is None:
+        if moment == "start":
+            time.sleep(moments.uniform(0, 5))
+            break
+        if moment == "checkpoint" and list(checkpoints.glob(".step-*.tmp-*")):
+            if wanted <= 0:
+                time.sleep(moments.uniform(0, 0.02))
+                break
+            wanted -= 1
+            while process.poll() is None and list(checkpoints.glob(".step-*.tmp-*")):
+                time.sleep(0.0005)
+        if moment == "step" and len(list(checkpoints.glob("step-*"))) > min(before, 2):
+            time.sleep(moments.uniform(0, 0.5))
+            break
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return moment
+
+
+def kill_and_restart(folder: Path, steps: int, kills: int, moments: random.Random) -> list[str]:
+    """Kill a run so many times, then let the same command end it."""
+    killed = [kill_at_random(folder, steps, moments) for _ in range(kills)]
+    assert start(folder, steps).wait(timeout=300) == 0
+    assert not list((folder / "checkpoints").glob(".*"))
+    return killed
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_thrice_ends_with_the_same_weights(tmp_path: Path) -> None:
+    assert start(tmp_path / "whole", 30).wait(timeout=300) == 0
+    kill_and_restart(tmp_path / "killed", 30, 3, random.Random(0))
+    assert_identical(saved(tmp_path / "whole", 30), saved(tmp_path / "killed", 30))
+
+
+@pytest.mark.soak
+def test_thirty_runs_that_were_killed_end_with_the_same_weights(tmp_path: Path) -> None:
+    assert start(tmp_path / "whole", 60).wait(timeout=300) == 0
+    expected = saved(tmp_path / "whole", 60)
+    moments = random.Random(1)
+    killed = []
+    for number in range(30):
+        killed += kill_and_restart(tmp_path / f"{number}", 60, moments.randint(1, 2), moments)
+        assert_identical(expected, saved(tmp_path / f"{number}", 60))
+    assert killed.count("checkpoint") >= 10
+
+
+# Damaged checkpoints
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "line"),
+    [
+        ("training.pt", "truncate", "step-00000004 is cut short or incomplete"),
+        ("ema.safetensors", "truncate", "step-00000004 is cut short or incomplete"),
+        ("model.safetensors", "flip", "model.safetensors is damaged"),
+        ("checksums.json", "truncate", "step-00000004 is cut short or incomplete"),
+    ],
+)
+def test_a_damaged_newest_checkpoint_costs_only_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, damage: str, line: str
+) -> None:
+    folder, every = tmp_path / "run", "--output.checkpoint_every=2"
+    assert run(folder, 5, every) == 0
+    whole = saved(folder, 5)
+    forget_after(folder, 4)
+    newest = folder / "checkpoints" / "step-00000004"
+    content = (newest / name).read_bytes()
+    if damage == "truncate":
+        (newest / name).write_bytes(content[: len(content) // 2])
+    else:
+        (newest / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    capsys.readouterr()
+    assert run(folder, 5, every) == 0
+    out = capsys.readouterr().out
+    assert f"{line}: going on from the one before" in out
+    assert "at step 2 of 5" in out
+    assert_identical(whole, saved(folder, 5))
+
+
+def test_without_a_whole_checkpoint_a_run_does_not_begin_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    run(folder, 2)
+    forget_after(folder, 2)
+    (folder / "checkpoints" / "step-00000002" / "training.pt").write_bytes(b"")
+    capsys.readouterr()
+    assert run(folder, 2) == 2
+    error = capsys.readouterr().err
+    assert "no checkpoint in" in error and "delete" in error
+    assert error.count("\n") == 1
+
+
+# Time limits
+
+
+def test_a_time_limit_saves_and_ends_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "whole", 3)
+    assert run(tmp_path / "run", 3, "--max-time=0s") == 0
+    out = capsys.readouterr().out
+    assert "time limit: saved" in out
+    assert "the same command goes on from there" in out
+    assert not (tmp_path / "run" / "finished").exists()
+    assert run(tmp_path / "run", 3, "--max-time=3h30m") == 0
+    assert "at step 1 of 3" in capsys.readouterr().out
+    assert_identical(saved(tmp_path / "whole", 3), saved(tmp_path / "run", 3))
+
+
+def test_durations() -> None:
+    assert parse_duration("3h30m") == 3.5 * 3600
+    assert parse_duration("1d2s") == 86402
+    for wrong in ("", "3", "3h30", "-5m", "1.5h"):
+        with pytest.raises(UserError, match="no duration"):
+            parse_duration(wrong)
+
+
+def test_a_time_limit_leaves_time_for_the_checkpoint() -> None:
+    assert not TimeLimit(None, 1e9).is_near
+    assert TimeLimit(100, save_seconds=60).is_near
+    limit = TimeLimit(100, save_seconds=1)
+    assert not limit.is_near
+    limit.saved(60)
+    assert limit.is_near
+
+
+# A loss that is no number, or explodes
+
+
+def test_a_loss_that_is_not_a_number_is_kept_to_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, every = tmp_path / "run", "--output.checkpoint_every=1"
+    config = load_config("deco-digits", TINY)
+    third = EpochBatches(len(DigitsDataset()), 8, config.training.seed).global_batch(2)
+    original = DigitsDataset.__getitem__
+
+    def spoiled(self: DigitsDataset, index: int) -> tuple[torch.Tensor, int]:
+        image, label = original(self, index)
+        return (image * float("nan") if index == third[5] else image), label
+
+    monkeypatch.setattr(DigitsDataset, "__getitem__", spoiled)
+    assert run(folder, 6, every) == 2
+    error = capsys.readouterr().err
+    assert "the loss is nan at step 3" in error
+    assert ", ".join(map(str, third)) in error
+    assert "lower training.learning_rate" in error
+    assert error.count("error: ") == 1
+    kept = folder / "failures" / "step-00000003"
+    batch = load_file(kept / "batch-0.safetensors")
+    assert batch["indices"].tolist() == third
+    assert batch["images"].isnan().flatten(1).any(dim=1).tolist() == [i == 5 for i in range(8)]
+    assert batch["noise"].shape == batch["images"].shape
+    assert batch["t"].shape == batch["y"].shape == batch["labels"].shape == (8,)
+    assert json.loads((kept / "figures.json").read_text())["tripped"] == 1
+    # The weights before the step, and nothing after it.
+    weights = load_checkpoint(kept / "model.safetensors", weights="model").state_dict()
+    before = saved(folder, 2)
+    assert all(torch.equal(tensor, before[f"model.{name}"]) for name, tensor in weights.items())
+    assert not (folder / "checkpoints" / "step-00000003").exists()
+
+
+def test_an_exploding_learning_rate_ends_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "run", 20, "--training.learning_rate=1e30") == 2
+    assert "the loss is" in capsys.readouterr().err
+
+
+def test_the_guard_stops_updates_on_the_device() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    guard = LossGuard(optimizer, factor=10, device=torch.device("cpu"))
+
+    def step(loss: float, norm: float = 1.0) -> None:
+        weight.grad = torch.ones(3)
+        guard.check(torch.tensor(loss), torch.tensor(norm))
+        optimizer.step()
+
+    # Too early to call a loss large.
+    for loss in (1.0, 50.0, *[1.0] * 100):
+        step(loss)
+    assert not guard.tripped
+    before = weight.detach().clone()
+    step(9.0)
+    assert not guard.tripped and not torch.equal(weight, before)
+    before = weight.detach().clone()
+    step(30.0)
+    assert guard.tripped and torch.equal(weight, before)
+    step(1.0)
+    assert guard.tripped and torch.equal(weight, before)
+    assert optimizer.state[weight]["step"] == 103
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(float("inf"), 1.0), (1.0, float("nan"))])
+def test_the_guard_looks_for_numbers_from_the_first_step_on(loss: float, norm: float) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))], fused=True)
+    guard = LossGuard(optimizer, factor=None, device=torch.device("cpu"))
+    guard.check(torch.tensor(loss), torch.tensor(norm))
+    assert guard.tripped
