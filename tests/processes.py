@@ -53,15 +53,20 @@ def _call(
     function(*arguments)
 
 
-def saved(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    """All tensors of a run's checkpoint, the optimizer's too."""
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """The weights and their average in a run's checkpoint."""
     checkpoint = folder / "checkpoints" / f"step-{step:08d}"
-    tensors = {
+    return {
         f"{name}.{key}": tensor
         for name in ("model", "ema")
         for key, tensor in load_file(checkpoint / f"{name}.safetensors").items()
     }
-    optimizer = load_training_state(checkpoint)["optimizer"]
+
+
+def saved(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a run's checkpoint, the optimizer's too where one file holds them."""
+    tensors = weights(folder, step)
+    optimizer = load_training_state(folder / "checkpoints" / f"step-{step:08d}")["optimizer"]
     for parameter, moments in optimizer.get("state", {}).items():
         tensors |= {f"optimizer.{parameter}.{key}": value for key, value in moments.items()}
     return tensors

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from golden import gradient_norms, load_model, metadata, our_name, relative_error, tensors
+from processes import TINY, assert_identical, weights
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import ROOT, TINY, assert_identical, run, weights
+from test_training import ROOT, run
 from torch import Tensor
 
 from deco_fast.alignment import Projector, alignment_loss

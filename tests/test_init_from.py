@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import assert_identical, weights
 from safetensors.torch import load_file
-from test_training import assert_identical, run, weights
+from test_training import run
 from torch import Tensor
 
 from deco_fast.checkpoint import load_training_state

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from image_sets import noise, write, write_tar
-from test_training import TINY, assert_identical, weights
+from processes import TINY, assert_identical, weights
 
 from deco_fast.checkpoint import load_training_state
 from deco_fast.cli.train import main
