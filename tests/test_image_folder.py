@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -76,16 +75,6 @@ def test_fingerprint_tells_names_and_labels_apart(folder: Path, tmp_path: Path) 
     (folder / "cat/other.bmp").rename(folder / "cat/only.bmp")
     (folder / "cat").rename(folder / "cow")
     assert len({first, renamed, open_folder(folder).fingerprint}) == 3
-
-
-def test_a_worker_gets_a_handle_and_no_copy_of_the_names(folder: Path) -> None:
-    for number in range(2000):
-        write(folder / f"ant/{'long' * 20}-{number:06}.png", b"")
-    source = FolderImages(folder)
-    # Outside of a process start, torch pickles by value; the tensors say where they live.
-    assert source.labels.is_shared() and source.names._bytes.is_shared()
-    assert len(source.names) == 2006 and source.names[2005] == "cat/only.bmp"
-    assert len(pickle.loads(pickle.dumps(source)).names) == 2006
 
 
 # --- damage ---------------------------------------------------------------------------------

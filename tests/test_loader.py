@@ -126,6 +126,14 @@ def test_pixels_arrive_normalised(root: Path) -> None:
     assert torch.equal(batch.images, normalise(pixels))
 
 
+def test_a_worker_gets_a_handle_and_no_copy_of_the_names(root: Path) -> None:
+    dataset = open_images(root)
+    tensors = [*dataset.source.names.tensors(), dataset.source.labels]
+    assert not any(tensor.is_shared() for tensor in tensors)
+    batches(dataset, 1, workers=1)
+    assert all(tensor.is_shared() for tensor in tensors)
+
+
 def test_floating_point_images_stay_as_they_are() -> None:
     dataset = DigitsDataset("train", size=8)
     for batch in batches(dataset, 2) + batches(dataset, 2, workers=1):

@@ -13,6 +13,7 @@ import torch
 from image_sets import encoded, noise, sample, shade_of, write, write_tar
 
 from deco_fast.data import FolderImages, ImageDataset, ShardImages
+from deco_fast.data.shards import index_share
 from deco_fast.data.shards import source as shard_source
 from deco_fast.data.shards.__main__ import main
 from deco_fast.data.shards.index import scan
@@ -217,6 +218,15 @@ def test_a_damaged_index_is_made_again(
     scanned = count_scans(monkeypatch)
     assert shades(opened(shards)) == whole
     assert shards / "train-000.tar" in scanned and shards / "train-001.tar" in scanned
+
+
+def test_processes_share_the_indexing(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scanned = count_scans(monkeypatch)
+    index_share(str(shards), None, 1, 2)
+    assert [path.name for path in scanned] == ["train-001.tar"]
+    index_share(str(shards), None, 0, 2)
+    assert len(scanned) == 3
+    assert len(opened(shards)) == 12 and len(scanned) == 3
 
 
 def test_an_index_folder_of_its_own(shards: Path, tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from deco_fast.data.names import Names, shared
+from deco_fast.data.names import Names
 from deco_fast.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -55,7 +56,7 @@ class FolderImages:
             paths += of_class
             counts.append(len(of_class))
         self.names = Names(paths)
-        self.labels = shared(np.repeat(np.arange(len(counts)), counts))
+        self.labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
 
     @property
     def num_classes(self) -> int:

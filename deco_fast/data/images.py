@@ -25,7 +25,7 @@ class ImageSource(Protocol):
     Attributes:
         description: where they come from, for messages.
         names: of the images, in their order.
-        labels: (images,) int64 in shared memory.
+        labels: (images,) int64.
         lost: what was found damaged when the source was opened, name and reason.
         lost_images: how many images are missing for it.
     """

@@ -1,4 +1,4 @@
-"""Many names in little memory, shared by all loader workers."""
+"""Many names in little memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 class Names:
-    """A sequence of strings held in two tensors in shared memory.
+    """A sequence of strings held in two tensors.
 
-    A million Python strings would take 100 MB in every worker process: a fork copies them page by
-    page as their reference counts change, and other start methods pickle them.
+    A million Python strings would take 100 MB in every worker process, and time to be pickled.
+    Tensors move into shared memory when the first worker starts, and each gets a handle.
 
     Args:
         names: bytes as the file system has them.
@@ -25,8 +25,8 @@ class Names:
         listed = list(names)
         joined = np.frombuffer(b"".join(listed), dtype=np.uint8)
         ends = np.cumsum([len(name) for name in listed], dtype=np.int64)
-        self._bytes = shared(joined)
-        self._ends = shared(ends)
+        self._bytes = torch.from_numpy(joined.copy())  # which bytes would make read-only
+        self._ends = torch.from_numpy(ends)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -47,8 +47,3 @@ def fingerprint(names: Names, labels: Tensor) -> str:
     for tensor in (labels, *names.tensors()):
         digest.update(tensor.numpy().data)
     return digest.hexdigest()
-
-
-def shared(array: np.ndarray) -> Tensor:
-    """A copy of `array` as a tensor in shared memory: a worker gets a handle, not a copy."""
-    return torch.from_numpy(array.copy()).share_memory_()

@@ -20,7 +20,7 @@ from deco_fast.data.folder import FolderImages
 from deco_fast.data.images import ImageDataset
 from deco_fast.data.loader import Batch, read_batches
 from deco_fast.data.order import EpochBatches
-from deco_fast.data.shards import ShardImages
+from deco_fast.data.shards import ShardImages, index_share
 from deco_fast.errors import UserError
 from deco_fast.training.distributed import Processes
 
@@ -136,7 +136,7 @@ def open_dataset(config: RunConfig, processes: Processes | None = None) -> Train
 
     Args:
         config: the run.
-        processes: those of the run: the first one makes the index of shards, the others find it.
+        processes: those of the run, which share the work of indexing shards.
 
     Raises:
         UserError: there are none where it says, or their classes are not the network's.
@@ -156,11 +156,10 @@ def open_dataset(config: RunConfig, processes: Processes | None = None) -> Train
                 f"set --model.num_classes {source.num_classes} (it is {config.model.num_classes})"
             )
     else:
-        if processes is not None and not processes.is_main:
+        if processes is not None and processes.world_size > 1:
+            index_share(data.root, data.index_folder, processes.rank, processes.world_size)
             processes.barrier()
         source = ShardImages(data.root, data.index_folder)
-        if processes is not None and processes.is_main:
-            processes.barrier()
         # Some classes may have no image in these shards, so that fewer are no error.
         if source.num_classes > config.model.num_classes:
             raise UserError(

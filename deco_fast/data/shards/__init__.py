@@ -13,6 +13,6 @@ of long ones: no matter on an SSD or in the page cache, slow on a spinning disk.
 `python -m deco_fast.data.shards pack FOLDER OUT` writes class folders as shards.
 """
 
-from deco_fast.data.shards.source import ShardImages
+from deco_fast.data.shards.source import ShardImages, index_share
 
-__all__ = ["ShardImages"]
+__all__ = ["ShardImages", "index_share"]

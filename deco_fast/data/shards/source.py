@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from deco_fast.data.folder import IMAGE_SUFFIXES
-from deco_fast.data.names import Names, shared
+from deco_fast.data.names import Names
 from deco_fast.data.shards.index import ShardIndex, read_index, scan
 from deco_fast.data.shards.locate import find_shards
 from deco_fast.errors import UserError
@@ -94,8 +95,8 @@ class ShardImages:
                 f"{self.description} has no images{reason}: a shard holds KEY.jpg and KEY.cls"
             )
         self.names = Names(names)
-        self.labels, self._offsets, self._sizes = (
-            shared(np.concatenate([column[part] for column in columns])) for part in (2, 0, 1)
+        self._offsets, self._sizes, self.labels = (
+            torch.from_numpy(np.concatenate(parts)) for parts in zip(*columns, strict=True)
         )
         self._ends = np.cumsum(counts)
         self._files = _OpenFiles()
@@ -115,6 +116,25 @@ class ShardImages:
         if len(content) < size:
             raise OSError(f"{self.shards[shard]} has become shorter since the run began")
         return content
+
+
+def index_share(
+    root: str | Sequence[str],
+    index_folder: str | os.PathLike[str] | None,
+    rank: int,
+    world_size: int,
+) -> None:
+    """Make this process's share of the indices that `ShardImages` reads, and keep them.
+
+    Args:
+        root, index_folder: as for `ShardImages`.
+        rank, world_size: this process among those that share the work.
+
+    Raises:
+        UserError: as `find_shards`; a shard cannot be read.
+    """
+    folder = None if index_folder is None else Path(index_folder)
+    _indices(find_shards(root)[rank::world_size], folder)
 
 
 class _Images:
