@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -313,14 +314,18 @@ def test_clipping_counts_the_projector(dinov2: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_follow_one(tmp_path: Path, dinov2: str) -> None:
-    options = aligned(dinov2, "--training.steps=4", "--device=cpu")
+@pytest.mark.parametrize("distribution", ["ddp", "fsdp"])
+def test_two_processes_follow_one(tmp_path: Path, dinov2: str, distribution: str) -> None:
+    """Two processes make two steps, one makes two more: as one alone."""
+    options = aligned(dinov2, f"--training.distribution={distribution}")
     run(tmp_path / "one", 4, *options)
+    folder = tmp_path / "two"
     result = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
             *("--master_port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
-            *("train.py", *TINY, *options, f"--out={tmp_path / 'two'}"),
+            *("train.py", *TINY, *options, "--training.steps=4", "--device=cpu", f"--out={folder}"),
+            "--output.checkpoint_every=2",
         ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -329,9 +334,16 @@ def test_two_processes_follow_one(tmp_path: Path, dinov2: str) -> None:
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    one, two = projector_of(tmp_path / "one", 4), projector_of(tmp_path / "two", 4)
+    one, two = projector_of(tmp_path / "one", 4), projector_of(folder, 4)
     for key, tensor in one.items():
         assert relative_error(two[key], tensor) < 1e-4, key
+
+    # As if both had been killed after step 2.
+    (folder / "finished").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    assert run(folder, 4, *options, "--output.checkpoint_every=2") == 0
+    for key, tensor in one.items():
+        assert relative_error(projector_of(folder, 4)[key], tensor) < 1e-4, key
 
 
 @pytest.mark.parametrize(
