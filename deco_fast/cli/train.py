@@ -41,18 +41,21 @@ def _train(config: RunConfig, path: Path, processes: Processes, max_seconds: flo
             print(line, flush=True)
 
     folder = RunFolder(path, config)
-    initial = None
-    if config.training.init_from is not None and folder.newest_checkpoint() is None:
-        # Before the folder holds this configuration: a wrong name may be corrected.
-        initial = open_initial_weights(config.training.init_from, config.model)
     if processes.is_main:
-        folder.open()
+        folder.check()
     processes.barrier()
     if folder.finished:
         say(f"{path} has finished all {config.training.steps:,} steps")
         say(f"draw from it: python sample.py --checkpoint {path}")
         return 0
+    initial = None
+    if config.training.init_from is not None and folder.newest_checkpoint() is None:
+        initial = open_initial_weights(config.training.init_from, config.model)
     trainer = Trainer(config, folder, processes, max_seconds)
+    # Only now, as it then holds this configuration: what was wrong so far may be corrected.
+    if processes.is_main:
+        folder.open()
+    processes.barrier()
     passed_over = trainer.resume()
     if passed_over is not None:
         for line in passed_over:

@@ -46,13 +46,18 @@ class RunFolder:
         self.path = path
         self.config = config
 
-    def open(self) -> None:
-        """Create the folder, or check that the run in it is this one."""
+    def check(self) -> None:
+        """See that the folder is free for this run, or holds it."""
         stored = self.path / "config.yaml"
         if stored.exists():
             self._compare(stored)
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run: choose another --out")
+
+    def open(self) -> None:
+        """Create the folder, or check that the run in it is this one."""
+        self.check()
+        stored = self.path / "config.yaml"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(stored, self.config.to_yaml())
