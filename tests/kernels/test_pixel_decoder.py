@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 TOKEN_WIDTH = 24
 # Root mean square of the error over that of the values.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 1e-2}
 
 
 def available(instruction_set: str) -> bool:
@@ -112,10 +112,11 @@ class Case:
             grads = torch.autograd.grad(velocity, leaves, self.grad_velocity)
         return (velocity.detach(), *grads)
 
-    def expected(self) -> tuple[Tensor, ...]:
-        leaves = [t.double().requires_grad_() for t in self.inputs]
+    def expected(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+        """The same by the reference, all in one dtype."""
+        leaves = [t.detach().to(dtype).requires_grad_() for t in self.inputs]
         velocity = reference.pixel_decoder(*leaves[:2], self.parameters(leaves), self.patch_size)
-        grads = torch.autograd.grad(velocity, leaves, self.grad_velocity.double())
+        grads = torch.autograd.grad(velocity, leaves, self.grad_velocity.to(dtype))
         return (velocity.detach(), *grads)
 
 
@@ -128,13 +129,17 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_agrees_with_the_reference(shape: Shape, dtype: torch.dtype) -> None:
     case = Case(shape, dtype)
-    tolerance = TOLERANCE[dtype]
-    if dtype != torch.float32 and (shape.channels, shape.blocks) != DECO_XL[:2]:
-        tolerance *= 2.5  # a narrower decoder averages fewer roundings, a deeper one has more
-    for index, (result, expected) in enumerate(zip(case.cpp(), case.expected(), strict=True)):
+    outputs = zip(case.cpp(), case.expected(), case.expected(dtype), strict=True)
+    for index, (result, expected, eager) in enumerate(outputs):
         assert result.shape == expected.shape
         assert result.dtype == (dtype if index < 3 else torch.float32)
-        assert relative_error(result, expected) < tolerance, f"output {index}"
+        tolerance = TOLERANCE[dtype]
+        if dtype == torch.bfloat16:
+            # The operands of the products are rounded. Through six blocks, or where few pixels
+            # average it out, that adds up to more; the reference in bfloat16, which rounds all
+            # else too, is then at least as far off.
+            tolerance = max(tolerance, relative_error(eager, expected))
+        assert relative_error(result, expected) <= tolerance, f"output {index}"
 
 
 def test_long_sums_stay_exact() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -280,13 +281,15 @@ class TestAutograd:
             assert not decode(p)(x, condition).requires_grad
 
     def test_accumulation_and_checkpointing(self) -> None:
-        p, x, condition = parameters(), image(), tokens()
+        p, x, condition, target = parameters(), image(), tokens(), image().detach()
+
+        def step(x: Tensor, condition: Tensor) -> Tensor:
+            return lose(decode(p)(x, condition), target)
+
         for _ in range(2):
-            torch.utils.checkpoint.checkpoint(
-                decode(p), x, condition, use_reentrant=False
-            ).sum().backward()
+            torch.utils.checkpoint.checkpoint(step, x, condition, use_reentrant=False).backward()
         assert condition.grad is not None
-        (once,) = torch.autograd.grad(decode(p)(x, condition).sum(), condition)
+        (once,) = torch.autograd.grad(step(x, condition), condition)
         torch.testing.assert_close(condition.grad, 2 * once)
 
     @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -324,6 +327,55 @@ class TestAutograd:
         (gradient,) = torch.autograd.grad(value, x, create_graph=True)
         with pytest.raises(NotImplementedError, match=f"deco_fast::{op} cannot .*use_backend"):
             gradient.square().sum().backward()
+
+
+class Step(torch.nn.Module):
+    """The decoder and the loss as one module, for DDP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weights = torch.nn.ParameterList(flat(parameters()))
+
+    def forward(self, x: Tensor, condition: Tensor, target: Tensor) -> Tensor:
+        w = list(self.weights)
+        blocks = tuple(BlockParameters(*w[i : i + 8]) for i in range(6, len(w) - 2, 8))
+        p = PixelDecoderParameters(*w[:6], blocks, *w[-2:])
+        return lose(decode(p)(x, condition), target)
+
+
+def batch_of_step() -> list[Tensor]:
+    torch.manual_seed(1)
+    return [image().detach(), tokens().detach(), image().detach()]
+
+
+def train_half(rank: int, folder: str) -> None:
+    """One of two processes: its half of the batch twice, accumulated, and the gradients saved."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    with ops.use_backend("cpp"):
+        step = torch.nn.parallel.DistributedDataParallel(Step())
+        half = [tensor[rank : rank + 1] for tensor in batch_of_step()]
+        with step.no_sync():
+            step(*half).backward()
+        step(*half).backward()
+    gradients = [weight.grad for weight in step.module.weights]
+    torch.save(gradients, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_ddp_with_accumulation(tmp_path: Path) -> None:
+    """Each of two processes ends with the gradients that one has of the whole batch."""
+    torch.multiprocessing.spawn(train_half, (str(tmp_path),), nprocs=2)
+    step = Step()
+    (2 * step(*batch_of_step())).backward()
+    expected = [weight.grad for weight in step.weights]
+    for rank in range(2):
+        result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
 
 
 class TestFallback:
