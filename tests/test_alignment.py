@@ -313,6 +313,17 @@ def test_clipping_counts_the_projector(dinov2: str) -> None:
     assert float(norm[0]) == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.gpu
+def test_a_compiled_run_on_a_gpu(tmp_path: Path, dinov2: str) -> None:
+    folder = tmp_path / "run"
+    compiled = ("--training.compile=true", "--training.precision=bf16")
+    cached = f"--alignment.cache={tmp_path / 'cache'}"
+    options = aligned(dinov2, *compiled, cached, "--device=cuda", "--training.learning_rate=3e-3")
+    assert run(folder, 60, *options) == 0
+    losses = [e.value for e in EventAccumulator(str(folder)).Reload().Scalars("loss/alignment")]
+    assert losses[-1] < 0.5 * losses[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("distribution", ["ddp", "fsdp"])
 def test_two_processes_follow_one(tmp_path: Path, dinov2: str, distribution: str) -> None:

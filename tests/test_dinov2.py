@@ -167,6 +167,15 @@ def test_bf16_is_what_autocast_computes(original_file: Path) -> None:
     assert 1e-4 < relative_error(rounded(images), exact(images)) < 5e-2
 
 
+@pytest.mark.gpu
+def test_features_on_a_gpu_are_those_of_the_cpu(original_file: Path) -> None:
+    images = torch.rand(2, 3, 256, 256) * 2 - 1
+    exact = load_encoder(str(original_file), 16, "fp32")(images)
+    for precision, tolerance in (("fp32", 1e-4), ("bf16", 5e-2)):
+        encoder = load_encoder(str(original_file), 16, precision).cuda()
+        assert relative_error(encoder(images.cuda()).cpu(), exact) < tolerance
+
+
 def test_the_encoder_is_frozen() -> None:
     encoder = DINOv2(small(), precision="fp32").train()
     assert not any(module.training for module in encoder.modules())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -10,10 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from deco_fast.alignment import load_encoder
 from deco_fast.alignment.cache import DTYPE, FeatureCache
-from deco_fast.config import RunConfig
-from deco_fast.data.loader import LabelledImages
 
 if TYPE_CHECKING:
     from deco_fast.alignment.dinov2 import DINOv2
@@ -94,42 +90,3 @@ class Features:
         assert self.cache is not None and self._writer is not None
         self.flush()  # one batch at a time is under way: memory stays bounded
         self._writing = self._writer.submit(self.cache.write, numbers, features)
-
-
-def open_features(config: RunConfig, dataset: LabelledImages, device: torch.device) -> Features:
-    """The encoder of a run with REPA, and its cache where there shall be one.
-
-    Args:
-        config: the run.
-        dataset: its images; the cache is of them, by their fingerprint, size and mirroring.
-        device: where the encoder shall be.
-
-    Raises:
-        UserError: the encoder's weights or the cache cannot be used.
-    """
-    alignment, data = config.alignment, config.data
-    patch_size = config.model.patch_size
-    encoder = load_encoder(alignment.encoder, patch_size, config.training.precision)
-    cache = None
-    if alignment.cache is not None:
-        tokens = (data.height // patch_size) * (data.width // patch_size)
-        identity = {
-            "encoder": fingerprint(encoder),
-            "dataset": dataset.fingerprint,
-            "height": data.height,
-            "width": data.width,
-            "random_flip": data.random_flip,
-        }
-        limit = round(alignment.cache_gib * 2**30)
-        shape = (tokens, encoder.feature_size)
-        cache = FeatureCache(alignment.cache, identity, len(dataset), shape, limit)
-    return Features(encoder.to(device), cache)
-
-
-def fingerprint(encoder: DINOv2) -> str:
-    """A hash of the encoder's weights and of how it reads images."""
-    digest = hashlib.sha256(f"{encoder.patch_size} {encoder.precision}".encode())
-    for name, tensor in sorted(encoder.backbone.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from deco_fast.alignment.features import open_features
 from deco_fast.config import RunConfig
 from deco_fast.errors import UserError
 from deco_fast.models.deco import DeCo
@@ -30,6 +29,7 @@ from deco_fast.training.interrupt import Interrupt, catch_interrupt
 from deco_fast.training.monitor import Monitor
 from deco_fast.training.run_folder import RunFolder
 from deco_fast.training.step import TrainingStep, learning_rate
+from deco_fast.training.targets import open_features
 from deco_fast.training.time_limit import TimeLimit
 
 # What a checkpoint is assumed to take before one has been written: a slow network disk.
