@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from golden import gradient_norms, load_model, metadata, our_name, relative_error, tensors
 from processes import TINY, assert_identical, weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import ROOT, run
 from torch import Tensor
@@ -292,6 +293,37 @@ def test_features_are_kept_on_the_disk(
     assert len(list((tmp_path / "cache").iterdir())) == 2
     assert run(tmp_path / "fifth", 1, *options, "--alignment.cache_gib=0.001") == 2
     assert "more than alignment.cache_gib 0.001: raise it" in capsys.readouterr().err
+
+
+def test_another_encoder_does_not_go_on_with_a_run(
+    tmp_path: Path, dinov2: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_file(dinov2)
+    # Wherever it lies: the weights count.
+    save_file(weights, tmp_path / "moved.safetensors")
+    weights["layernorm.bias"] += 1e-3
+    save_file(weights, tmp_path / "other.safetensors")
+    folder, options = tmp_path / "run", ("--output.checkpoint_every=1",)
+    run(folder, 3, *aligned(dinov2), *options)
+    (folder / "finished").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-00000003")
+    capsys.readouterr()
+    assert run(folder, 3, *aligned(str(tmp_path / "other.safetensors")), *options) == 2
+    error = capsys.readouterr().err
+    assert "other.safetensors is not the DINOv2" in error and "by --repa FILE" in error
+    assert run(folder, 3, *aligned(str(tmp_path / "moved.safetensors")), *options) == 0
+
+
+def test_a_run_of_before_there_was_repa_goes_on(tmp_path: Path) -> None:
+    folder, options = tmp_path / "run", ("--output.checkpoint_every=1",)
+    run(folder, 2, *options)
+    (folder / "finished").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-00000002")
+    stored = yaml.safe_load((folder / "config.yaml").read_text())
+    del stored["alignment"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(stored))
+    assert run(folder, 2, *options, "--repa=on", "--alignment.layer=1") == 2
+    assert run(folder, 2, *options) == 0
 
 
 def test_clipping_counts_the_projector(dinov2: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import nullcontext
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +73,15 @@ class DINOv2(nn.Module):
             for module in backbone.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     module.bfloat16()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the weights and of how images are read; what it says follows from it."""
+        digest = hashlib.sha256(f"{self.patch_size} {self.precision}".encode())
+        for name, tensor in sorted(self.backbone.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def train(self, mode: bool = True) -> DINOv2:
         """Frozen, the encoder stays in eval mode."""

@@ -90,6 +90,7 @@ class CheckpointWriter:
             "loader": loader,
             "random": {"torch": torch.get_rng_state()},
             "world_size": training.processes.world_size,
+            "encoder": _encoder(training),
         }
         self._written = self._thread.submit(self._write, step, weights, state, shards)
 
@@ -177,13 +178,18 @@ def resume(training: TrainingStep, checkpoint: Path) -> dict[str, Any]:
         Its "step" and "loader".
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or another encoder trained it.
     """
     set_weights(training.model, open_checkpoint(checkpoint, "model").state_dict())
     set_weights(training.ema.model, open_checkpoint(checkpoint, "ema").state_dict())
-    if training.objective.projector is not None:
-        set_weights(training.objective.projector, open_checkpoint(checkpoint).projector())
     state = load_training_state(checkpoint)
+    if training.objective.projector is not None:
+        if state["encoder"] != _encoder(training):
+            raise UserError(
+                f"{training.config.alignment.encoder} is not the DINOv2 that {checkpoint} was "
+                "trained with: give that one by --repa FILE"
+            )
+        set_weights(training.objective.projector, open_checkpoint(checkpoint).projector())
     optimizer = get_optimizer_state_dict(training.objective, training.optimizer)
     shards = checkpoint / OPTIMIZER_FOLDER
     if shards.is_dir():
@@ -202,6 +208,11 @@ def resume(training: TrainingStep, checkpoint: Path) -> dict[str, Any]:
     set_optimizer_state_dict(training.objective, training.optimizer, optimizer, options=options)
     torch.set_rng_state(state["random"]["torch"])
     return state
+
+
+def _encoder(training: TrainingStep) -> str | None:
+    """Which weights REPA's encoder has, where the run has one."""
+    return None if training.features is None else training.features.encoder.fingerprint
 
 
 def choose_checkpoint(training: TrainingStep, folder: RunFolder) -> tuple[Path | None, list[str]]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from typing import TYPE_CHECKING
-
 import torch
 
 from deco_fast.alignment import load_encoder
@@ -12,9 +9,6 @@ from deco_fast.alignment.cache import FeatureCache
 from deco_fast.alignment.features import Features
 from deco_fast.config import RunConfig
 from deco_fast.data.loader import LabelledImages
-
-if TYPE_CHECKING:
-    from deco_fast.alignment.dinov2 import DINOv2
 
 
 def open_features(config: RunConfig, dataset: LabelledImages, device: torch.device) -> Features:
@@ -35,7 +29,7 @@ def open_features(config: RunConfig, dataset: LabelledImages, device: torch.devi
     if alignment.cache is not None:
         tokens = (data.height // patch_size) * (data.width // patch_size)
         identity = {
-            "encoder": _fingerprint(encoder),
+            "encoder": encoder.fingerprint,
             "dataset": dataset.fingerprint,
             "height": data.height,
             "width": data.width,
@@ -45,12 +39,3 @@ def open_features(config: RunConfig, dataset: LabelledImages, device: torch.devi
         shape = (tokens, encoder.feature_size)
         cache = FeatureCache(alignment.cache, identity, len(dataset), shape, limit)
     return Features(encoder.to(device), cache)
-
-
-def _fingerprint(encoder: DINOv2) -> str:
-    """A hash of the encoder's weights and of how it reads images."""
-    digest = hashlib.sha256(f"{encoder.patch_size} {encoder.precision}".encode())
-    for name, tensor in sorted(encoder.backbone.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
