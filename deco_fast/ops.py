@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from deco_fast.kernels.memory import keep_block_inputs
 from deco_fast.kernels.pixel_decoder.reference import PixelDecoderParameters
 from deco_fast.kernels.registry import (
     backend_for,
@@ -22,6 +23,7 @@ __all__ = [
     "backends",
     "check_backend",
     "flow_matching_loss",
+    "keep_block_inputs",
     "linear_upsample",
     "pixel_decoder",
     "use_backend",

@@ -226,18 +226,19 @@ def _nobody_looks(prediction: Tensor, target: Tensor) -> bool:
 # `small` lists all parameters but the two of the upsampling: pixel_embedder_weight,
 # pixel_embedder_bias, input_proj_weight, input_proj_bias, the eight of each block in the order of
 # BlockParameters, output_weight, output_bias. `y` is what the backward pass keeps beside the
-# inputs: the upsampled tokens, flat, in whatever order the implementation wrote them.
+# inputs: the upsampled tokens, flat, in whatever order the implementation wrote them. With
+# `keep_inputs` a GPU also keeps `block_inputs`, the residuals between blocks, in the dtype of y.
 
 _define(
     "pixel_decoder",
     "(Tensor x, Tensor tokens, Tensor upsample_weight, Tensor upsample_bias, Tensor[] small, "
-    "int patch_size) -> (Tensor velocity, Tensor y)",
+    "int patch_size, bool keep_inputs) -> (Tensor velocity, Tensor y, Tensor block_inputs)",
     "forward",
 )
 _define(
     "pixel_decoder_backward",
-    "(Tensor grad_velocity, Tensor x, Tensor tokens, Tensor y, Tensor upsample_weight, "
-    "Tensor upsample_bias, Tensor[] small, int patch_size, bool need_x_grad) -> (Tensor grad_x, "
+    "(Tensor grad_velocity, Tensor x, Tensor tokens, Tensor y, Tensor block_inputs, "
+    "Tensor upsample_weight, Tensor upsample_bias, Tensor[] small, int patch_size, bool need_x_grad) -> (Tensor grad_x, "
     "Tensor grad_tokens, Tensor grad_upsample_weight, Tensor grad_upsample_bias, "
     "Tensor[] grad_small)",
     "backward",
@@ -246,9 +247,21 @@ _define(
 
 def condition_dtype(tokens: Tensor) -> torch.dtype:
     """How the upsampled tokens are kept: CPUs have no arithmetic in float16 to speak of."""
-    if tokens.dtype == torch.float16 and tokens.device.type == "cpu":
+    if tokens.dtype == torch.float16 and _in_cpp(tokens):
         return torch.float32
     return tokens.dtype
+
+
+def block_inputs_shape(y: Tensor, small: Sequence[Tensor], keep_inputs: bool) -> tuple[int, ...]:
+    """Of block_inputs: (blocks - 1, pixels, C), the first block's being made from the pixels."""
+    if not keep_inputs or _in_cpp(y):
+        return (0,)
+    channels = small[3].shape[0]
+    return (len(small) - 6) // 8 - 1, y.numel() // channels, channels
+
+
+def _in_cpp(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not INTERPRETED
 
 
 @torch.library.register_fake("deco_fast::pixel_decoder")
@@ -259,10 +272,12 @@ def _(
     upsample_bias: Tensor,
     small: Sequence[Tensor],
     patch_size: int,
-) -> tuple[Tensor, Tensor]:
+    keep_inputs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, _ = tokens.shape
     y = tokens.new_empty(batch * length * upsample_bias.shape[0], dtype=condition_dtype(tokens))
-    return tokens.new_empty(x.shape), y
+    block_inputs = y.new_empty(block_inputs_shape(y, small, keep_inputs))
+    return tokens.new_empty(x.shape), y, block_inputs
 
 
 @torch.library.register_fake("deco_fast::pixel_decoder_backward")
@@ -271,6 +286,7 @@ def _(
     x: Tensor,
     tokens: Tensor,
     y: Tensor,
+    block_inputs: Tensor,
     upsample_weight: Tensor,
     upsample_bias: Tensor,
     small: Sequence[Tensor],
@@ -286,22 +302,24 @@ def _(
 
 
 def _decoder_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, tokens, upsample_weight, upsample_bias, small, patch_size = inputs
-    _, y = output
-    ctx.mark_non_differentiable(y)
+    x, tokens, upsample_weight, upsample_bias, small, patch_size, _ = inputs
+    _, y, block_inputs = output
+    ctx.mark_non_differentiable(y, block_inputs)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, tokens, y, upsample_weight, upsample_bias, *small)
+    ctx.save_for_backward(x, tokens, y, block_inputs, upsample_weight, upsample_bias, *small)
     ctx.patch_size = patch_size
 
 
-def _decoder_backward(ctx: Any, grad_velocity: Tensor, _: None) -> tuple[Any, ...]:
-    x, tokens, y, upsample_weight, upsample_bias, *small = ctx.saved_tensors
+def _decoder_backward(ctx: Any, grad_velocity: Tensor, *_: None) -> tuple[Any, ...]:
+    *tensors, upsample_weight, upsample_bias = ctx.saved_tensors[:6]
+    small = list(ctx.saved_tensors[6:])
     need_x_grad = ctx.needs_input_grad[0]
     grad_x, *grads, grad_small = fused_ops.pixel_decoder_backward(
         grad_velocity,
-        *(x, tokens, y, upsample_weight, upsample_bias, small, ctx.patch_size, need_x_grad),
+        *tensors,
+        *(upsample_weight, upsample_bias, small, ctx.patch_size, need_x_grad),
     )
-    return grad_x if need_x_grad else None, *grads, grad_small, None
+    return grad_x if need_x_grad else None, *grads, grad_small, None, None
 
 
 torch.library.register_autograd(

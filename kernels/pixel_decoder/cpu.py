@@ -28,7 +28,8 @@ def forward(
     upsample_bias: Tensor,
     small: Sequence[Tensor],
     patch_size: int,
-) -> tuple[Tensor, Tensor]:
+    keep_inputs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `deco_fast.kernels.registration`."""
     dtype = condition_dtype(tokens)
     rows = tokens.flatten(0, 1).to(dtype)
@@ -36,7 +37,7 @@ def forward(
     velocity = _C.pixel_decoder_forward(
         x.float().contiguous(), y, _kernel_weights(upsample_bias, small, patch_size), patch_size
     )
-    return velocity.to(tokens.dtype), y.view(-1)
+    return velocity.to(tokens.dtype), y.view(-1), y.new_empty(0)
 
 
 def backward(
@@ -44,6 +45,7 @@ def backward(
     x: Tensor,
     tokens: Tensor,
     y: Tensor,
+    block_inputs: Tensor,
     upsample_weight: Tensor,
     upsample_bias: Tensor,
     small: Sequence[Tensor],

@@ -7,6 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from deco_fast.kernels.memory import keeps_block_inputs
 from deco_fast.kernels.pixel_decoder import reference
 from deco_fast.kernels.pixel_decoder.reference import PixelDecoderParameters
 from deco_fast.kernels.registration import fused_ops, within_transform
@@ -52,7 +53,11 @@ def pixel_decoder(
         *chain.from_iterable(p.blocks),
         *(p.output_weight, p.output_bias),
     ]
-    velocity, _ = fused_ops.pixel_decoder(
-        x, tokens, p.upsample_weight, p.upsample_bias, small, patch_size
+    trained = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (x, tokens, p.upsample_weight, p.upsample_bias, *small)
+    )
+    velocity, _, _ = fused_ops.pixel_decoder(
+        *(x, tokens, p.upsample_weight, p.upsample_bias, small, patch_size),
+        trained and keeps_block_inputs(),
     )
     return velocity

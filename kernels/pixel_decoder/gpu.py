@@ -1,12 +1,16 @@
-"""The pixel decoder on a GPU: a library's product for the upsampling, then one Triton kernel.
+"""The pixel decoder on a GPU: a library's product for the upsampling, then Triton kernels.
 
-The upsampling stays outside of the kernel: its product is large enough for the library to come near
-the machine's peak, and the backward pass needs y in memory anyway. Beside its inputs the forward
-pass keeps y alone.
+The upsampling stays outside of the kernels: its product is large enough for the library to come
+near the machine's peak, and the backward pass needs y in memory anyway.
+
+Beside its inputs the forward pass keeps y and, where `keep_inputs` says so, the inputs of all
+blocks but the first. Otherwise the backward pass makes these again, for a limited number of pixels
+at a time.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,124 +19,47 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from deco_fast.kernels.pixel_decoder.folding import (
-    RGB,
-    fold_blocks,
-    fold_blocks_backward,
-    fold_input_projections,
-    fold_input_projections_backward,
-)
+from deco_fast.kernels.pixel_decoder.folding import RGB, position_features
 from deco_fast.kernels.pixel_decoder.fused import CHANNELS, MAX_BLOCKS, PATCH_SIZES
+from deco_fast.kernels.pixel_decoder.gpu_folding import fold_backward_kernel, fold_kernel
 from deco_fast.kernels.pixel_decoder.gpu_kernels import (
     COLORS,
     MATRICES,
     backward_kernel,
     forward_kernel,
 )
+from deco_fast.kernels.pixel_decoder.gpu_tiles import Shape, Tile
+from deco_fast.kernels.registration import block_inputs_shape
 from deco_fast.kernels.specialisation import Specialisation
 
-_TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+PIXELS_AT_A_TIME = 2**18
+"""A power of two. Pixels that the backward pass takes through all blocks before it goes on: few enough for what
+goes from launch to launch to cost little memory, enough to make little of a launch."""
 
-
-class Tile(NamedTuple):
-    """How a kernel cuts its work."""
-
-    pixels: int
-    warps: int
-    programs: int
-    """Programs for each multiprocessor: as many as fit, for each takes tiles until none is left."""
-
-
-# Found by compiling ahead of time: the forward kernel spills no register at 16 and 32
-# channels; larger tiles would, and smaller ones spend more on loading weights.
-_FORWARD_TILES = {
-    # channels, whether in half precision
-    (16, True): Tile(64, 4, 4),
-    (32, True): Tile(64, 4, 2),
-    (64, True): Tile(64, 4, 1),
-    (16, False): Tile(64, 4, 2),
-    (32, False): Tile(16, 8, 1),
-    (64, False): Tile(16, 8, 1),
-}
-_BACKWARD_TILES = {
-    (16, True): Tile(64, 4, 2),
-    (32, True): Tile(64, 4, 2),
-    (64, True): Tile(64, 8, 1),
-    (16, False): Tile(32, 4, 2),
-    (32, False): Tile(16, 8, 1),
-    (64, False): Tile(16, 8, 1),
-}
-
-_SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Of one program, by compute capability; where it is not known, the least of these."""
-
-_FORWARD_OPERANDS = 12 * 1024
-"""Shared memory that the forward kernel needs beside the matrices."""
-
-GROUP = 8
-"""Tiles that a program of the backward kernel takes through all blocks at a time: enough to make
-little of loading and storing a block's sums, few enough for the scratch memory to stay in cache."""
-
-
-class Shape(NamedTuple):
-    """What a kernel is compiled for."""
-
-    channels: int
-    blocks: int
-    patch_size: int
-    dtype: torch.dtype
-
-    @property
-    def half(self) -> bool:
-        """Whether operands have 16 bits."""
-        return self.dtype != torch.float32
-
-    @property
-    def forward_tile(self) -> Tile:
-        """Of the forward kernel."""
-        return _FORWARD_TILES[self.channels, self.half]
-
-    @property
-    def backward_tile(self) -> Tile:
-        """Of the backward kernel."""
-        return _BACKWARD_TILES[self.channels, self.half]
-
-    def forward_constants(self, capability: int, interpreted: bool = False) -> dict[str, Any]:
-        """The arguments that the forward kernel is compiled with."""
-        matrices = self.blocks * MATRICES.value * self.channels**2 * self.dtype.itemsize
-        available = _SHARED_MEMORY.get(capability, min(_SHARED_MEMORY.values()))
-        hoist = self.half and matrices + _FORWARD_OPERANDS <= available
-        return self._constants(self.forward_tile, interpreted) | {"HOIST": hoist}
-
-    def backward_constants(self, interpreted: bool = False) -> dict[str, Any]:
-        """The arguments that the backward kernel is compiled with."""
-        return self._constants(self.backward_tile, interpreted) | {"GROUP": GROUP}
-
-    def _constants(self, tile: Tile, interpreted: bool) -> dict[str, Any]:
-        return {
-            "NUM_BLOCKS": self.blocks,
-            "C": self.channels,
-            "P": self.patch_size,
-            "BLOCK": tile.pixels,
-            "APPROXIMATE": self.half and not interpreted,
-        }
+FOLD_LAUNCH = {"ROWS": 16, "num_warps": 4, "num_stages": 1}
 
 
 class _Work(NamedTuple):
     """The tiles of one call, and the programs that share them."""
 
+    num_patches: int
+    patches: int  # of an image
+    patch_columns: int
     num_tiles: int
-    programs: int
     tiles_per_patch: int
+    programs: int
 
     @classmethod
-    def cut(cls, num_patches: int, area: int, tile: Tile, device: torch.device) -> _Work:
-        num_tiles = triton.cdiv(num_patches * area, tile.pixels)
+    def cut(cls, x: Tensor, tokens: Tensor, shape: Shape, tile: Tile) -> _Work:
+        batch, patches, _ = tokens.shape
+        area = shape.patch_size**2
+        num_tiles = triton.cdiv(batch * patches * area, tile.pixels)
         tiles_per_patch = max(1, area // tile.pixels)
-        programs = min(tile.programs * _multiprocessors(device), num_tiles)
+        programs = min(tile.programs * _multiprocessors(x.device), num_tiles)
         # A multiple, so that all tiles of a program lie at the same place of their patches.
         programs = triton.cdiv(programs, tiles_per_patch) * tiles_per_patch
-        return cls(num_tiles, programs, tiles_per_patch)
+        columns = x.shape[-1] // shape.patch_size
+        return cls(batch * patches, patches, columns, num_tiles, tiles_per_patch, programs)
 
 
 def _interpreted(device: torch.device) -> bool:
@@ -153,7 +80,7 @@ def _capability(device: torch.device) -> int:
 
 
 class _Folded(NamedTuple):
-    """The small parameters as both kernels read them."""
+    """The small parameters as the decoder's kernels read them."""
 
     matrices: Tensor  # (blocks, 5, C, C), (in, out)
     vectors: Tensor  # (blocks, 5, C) float32
@@ -164,20 +91,45 @@ class _Folded(NamedTuple):
     table: Tensor  # (p², C) float32
 
     @classmethod
-    def of(cls, small: Sequence[Tensor], patch_size: int, dtype: torch.dtype) -> _Folded:
-        inputs, blocks, (output_weight, output_bias) = small[:4], small[4:-2], small[-2:]
-        rgb_weight, table = fold_input_projections(inputs, patch_size)
-        matrices, vectors = fold_blocks(blocks)
-        padding = (0, COLORS.value - RGB)
-        return cls(
-            matrices.mT.to(dtype).contiguous(),
-            vectors,
-            F.pad(output_weight.T, padding).to(dtype),
-            F.pad(output_bias, padding).float(),
-            F.pad(rgb_weight, padding).to(dtype),
-            rgb_weight.T.contiguous(),
-            table,
+    def of(cls, flat: Tensor, shape: Shape) -> _Folded:
+        channels, blocks, patch_size, dtype = shape
+        area, colors = patch_size**2, COLORS.value
+        folded = cls(
+            flat.new_empty((blocks, MATRICES.value, channels, channels), dtype=dtype),
+            flat.new_empty((blocks, MATRICES.value, channels)),
+            flat.new_empty((channels, colors), dtype=dtype),
+            flat.new_empty(colors),
+            flat.new_empty((channels, colors), dtype=dtype),
+            flat.new_empty((3, channels)),
+            flat.new_empty((area, channels)),
         )
+        programs = blocks + triton.cdiv(area, FOLD_LAUNCH["ROWS"])
+        fold_kernel[(programs,)](
+            flat,
+            position_features(patch_size, flat.device),
+            *folded,
+            NUM_BLOCKS=blocks,
+            C=channels,
+            AREA=area,
+            **FOLD_LAUNCH,
+        )
+        return folded
+
+
+def _flat(small: Sequence[Tensor]) -> Tensor:
+    """All small parameters in one float32 tensor."""
+    return torch.cat([tensor.reshape(-1) for tensor in small]).float()
+
+
+def _separate(flat: Tensor, small: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of `_flat`, in the dtypes of `small`."""
+    # Converted at once where all have the same dtype: one launch, and not one for each.
+    flat = flat.to(functools.reduce(torch.promote_types, (tensor.dtype for tensor in small)))
+    pieces = torch.split_with_sizes_copy(flat, [tensor.numel() for tensor in small])
+    return [
+        piece.view(tensor.shape).to(tensor.dtype)
+        for piece, tensor in zip(pieces, small, strict=True)
+    ]
 
 
 def _shape(tokens: Tensor, small: Sequence[Tensor], patch_size: int) -> Shape:
@@ -201,8 +153,9 @@ def forward(
     upsample_bias: Tensor,
     small: Sequence[Tensor],
     patch_size: int,
-) -> tuple[Tensor, Tensor]:
-    """`deco_fast::pixel_decoder`: the velocity, and the upsampled tokens y for the backward pass.
+    keep_inputs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `deco_fast.kernels.registration`.
 
     Raises:
         ValueError: a number of channels or blocks or a patch size that the kernels do not take.
@@ -212,30 +165,50 @@ def forward(
     x = x.contiguous()
     y = F.linear(tokens, upsample_weight.to(dtype), upsample_bias.to(dtype)).flatten()
     velocity = torch.empty(x.shape, dtype=dtype, device=x.device)
-    folded = _Folded.of(small, patch_size, dtype)
-    tile = shape.forward_tile
-    num_patches = tokens.shape[0] * tokens.shape[1]
-    work = _Work.cut(num_patches, patch_size**2, tile, x.device)
+    inputs = y.new_empty(block_inputs_shape(y, small, keep_inputs))
     with torch.cuda.device_of(x):
-        forward_kernel[(work.programs,)](
-            x,
-            y,
-            velocity,
-            folded.matrices,
-            folded.vectors,
-            folded.output_matrix,
-            folded.output_vector,
-            folded.rgb_vectors,
-            folded.table,
-            work.num_tiles,
-            num_patches,
-            tokens.shape[1],
-            x.shape[-1] // patch_size,
-            **shape.forward_constants(_capability(x.device), _interpreted(x.device)),
-            num_warps=tile.warps,
-            num_stages=1,
+        folded = _Folded.of(_flat(small), shape)
+        _launch_forward(
+            *(x, tokens, y, velocity, inputs, folded, shape),
+            range(y.numel() // shape.channels),
         )
-    return velocity, y
+    return velocity, y, inputs
+
+
+def _launch_forward(
+    x: Tensor,
+    tokens: Tensor,
+    y: Tensor,
+    velocity: Tensor | None,
+    inputs: Tensor,
+    folded: _Folded,
+    shape: Shape,
+    pixels: range,
+) -> None:
+    """The forward kernel for a range of pixels; `inputs` is written if it has any."""
+    capability = _capability(x.device)
+    tile = shape.forward_tile(capability)
+    work = _Work.cut(x, tokens, shape, tile)
+    forward_kernel[(work.programs,)](
+        x,
+        y,
+        velocity,
+        inputs if inputs.numel() > 0 else None,
+        folded.matrices,
+        folded.vectors,
+        folded.output_matrix,
+        folded.output_vector,
+        folded.rgb_vectors,
+        folded.table,
+        pixels.start // tile.pixels,
+        triton.cdiv(pixels.stop, tile.pixels),
+        work.num_patches,
+        work.patches,
+        work.patch_columns,
+        **shape.forward_constants(tile, capability, _interpreted(x.device)),
+        num_warps=tile.warps,
+        num_stages=1,
+    )
 
 
 def backward(
@@ -243,149 +216,211 @@ def backward(
     x: Tensor,
     tokens: Tensor,
     y: Tensor,
+    inputs: Tensor,
     upsample_weight: Tensor,
     upsample_bias: Tensor,
     small: Sequence[Tensor],
     patch_size: int,
     need_x_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """`deco_fast::pixel_decoder_backward`: all gradients, the same bits at every run.
+    """See `deco_fast.kernels.registration`; the same bits at every run.
 
     Raises:
         ValueError: as `forward`.
     """
     shape = _shape(tokens, small, patch_size)
-    channels, blocks, _, dtype = shape
-    grad_velocity, x = grad_velocity.contiguous(), x.contiguous()
-    folded = _Folded.of(small, patch_size, dtype)
-    tile = shape.backward_tile
-    num_patches, area = tokens.shape[0] * tokens.shape[1], patch_size**2
-    work = _Work.cut(num_patches, area, tile, x.device)
-
-    grad_x = torch.empty_like(x) if need_x_grad else None
+    dtype = shape.dtype
+    flat = _flat(small)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x_grad else None
     grad_y = torch.empty_like(y)
-    scratch = (work.programs, GROUP, tile.pixels, channels)
-    inputs = y.new_empty((blocks - 1, *scratch))
-    grad_h = y.new_empty(scratch, dtype=torch.float32)
-    sizes = _partial_sizes(shape, tile)
-    partials = x.new_zeros((work.programs, sum(sizes)), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        backward_kernel[(work.programs,)](
-            grad_velocity,
-            x,
-            y,
-            folded.matrices,
-            folded.vectors,
-            folded.output_matrix,
-            folded.rgb_matrix,
-            folded.rgb_vectors,
-            folded.table,
-            grad_x,
-            grad_y,
-            inputs,
-            grad_h,
-            partials,
-            work.num_tiles,
-            num_patches,
-            tokens.shape[1],
-            x.shape[-1] // patch_size,
-            **shape.backward_constants(_interpreted(x.device)),
-            num_warps=tile.warps,
-            num_stages=1,
+        sums, tile = _launch_backward(
+            grad_velocity.contiguous(),
+            *(x.contiguous(), tokens, y, inputs, grad_x, grad_y),
+            *(_Folded.of(flat, shape), shape),
+        )
+        grad_flat = torch.empty_like(flat)
+        fold_backward_kernel[(shape.blocks + 1,)](
+            sums,
+            flat,
+            position_features(patch_size, x.device),
+            grad_flat,
+            *sums.shape,
+            NUM_BLOCKS=shape.blocks,
+            C=shape.channels,
+            AREA=patch_size**2,
+            BLOCK=tile.pixels,
+            **FOLD_LAUNCH,
         )
 
-    grad_small = _sum_partials(partials, sizes, shape, work, small)
-    grad_y = grad_y.view(num_patches, area * channels)
+    grad_y = grad_y.view(-1, upsample_bias.shape[0])
     return (
         x.new_empty(0) if grad_x is None else grad_x,
-        (grad_y @ upsample_weight.to(dtype)).view_as(tokens),
+        (grad_y @ upsample_weight.to(dtype)).view(tokens.shape),
         (grad_y.T @ tokens.flatten(0, 1)).to(upsample_weight.dtype),
         grad_y.sum(0, dtype=torch.float32).to(upsample_bias.dtype),
-        [grad.to(parameter.dtype) for grad, parameter in zip(grad_small, small, strict=True)],
+        _separate(grad_flat, small),
     )
 
 
-def _partial_sizes(shape: Shape, tile: Tile) -> list[int]:
-    """What a program's row of partial sums holds: the five affine maps of every block, the output
-    projection, the projection of the colours, and the rows of the table.
+def _launch_backward(
+    grad_velocity: Tensor,
+    x: Tensor,
+    tokens: Tensor,
+    y: Tensor,
+    inputs: Tensor,
+    grad_x: Tensor | None,
+    grad_y: Tensor,
+    folded: _Folded,
+    shape: Shape,
+) -> tuple[Tensor, Tile]:
+    """The backward kernel for all tiles and blocks.
 
-    An affine map with C inputs has 2C rows: input i in row 2i, and the bias in row 1.
+    Returns:
+        The sums for the parameters, added up over programs whose tiles lie at the same place of
+        their patches, and the tile.
     """
+    capability = _capability(x.device)
+    tile = shape.backward_tile(capability)
+    work = _Work.cut(x, tokens, shape, tile)
+    partials = x.new_empty((work.programs, _partial_size(shape, tile)), dtype=torch.float32)
+    for pixels in _shares(y.numel() // shape.channels, shape.patch_size):
+        own_inputs = y.new_empty((0, len(pixels), shape.channels))
+        if shape.blocks > 1 and inputs.numel() > 0:
+            own_inputs = inputs[:, pixels.start : pixels.stop]
+        elif shape.blocks > 1:
+            own_inputs = y.new_empty((shape.blocks - 1, len(pixels), shape.channels))
+            _launch_forward(x, tokens, y, None, own_inputs, folded, shape, pixels)
+        first, end = pixels.start // tile.pixels, triton.cdiv(pixels.stop, tile.pixels)
+        grad_h = None
+        if shape.blocks > 1:
+            scratch = (end - first) * tile.pixels, shape.channels
+            grad_h = y.new_empty(scratch, dtype=torch.float32)
+        for block in reversed(range(shape.blocks)):
+            constants = shape.backward_constants(tile, block, _interpreted(x.device))
+            is_first, is_last = constants["FIRST"], constants["LAST"]
+            backward_kernel[(work.programs,)](
+                grad_velocity if is_last else None,
+                x if is_first else None,
+                y,
+                None if is_first else own_inputs[block - 1],
+                folded.matrices,
+                folded.vectors,
+                folded.output_matrix,
+                folded.rgb_matrix,
+                folded.rgb_vectors,
+                folded.table,
+                grad_x if is_first else None,
+                grad_y,
+                grad_h,
+                partials,
+                partials.shape[1],
+                block,
+                first,
+                end,
+                work.num_patches,
+                work.patches,
+                work.patch_columns,
+                **constants,
+                num_warps=tile.warps,
+                num_stages=1,
+            )
+    return partials.unflatten(0, (-1, work.tiles_per_patch)).sum(0), tile
+
+
+def _shares(pixels: int, patch_size: int) -> Iterator[range]:
+    """The pixels that the backward pass takes at a time: whole patches, and whole tiles."""
+    step = max(PIXELS_AT_A_TIME, patch_size**2)
+    for start in range(0, pixels, step):
+        yield range(start, min(start + step, pixels))
+
+
+def _partial_size(shape: Shape, tile: Tile) -> int:
+    """Of a program's sums: the output's bias and weight, the colours' weight, the program's rows of
+    the table, and of every block five matrices and their vectors."""
     channels = shape.channels
-    colors = 2 * channels * COLORS.value
-    blocks = shape.blocks * MATRICES.value * 2 * channels**2
-    return [blocks, colors, colors, tile.pixels * channels]
+    ends = COLORS.value + 2 * RGB * channels + tile.pixels * channels
+    return ends + shape.blocks * MATRICES.value * (channels + 1) * channels
 
 
-def _sum_partials(
-    partials: Tensor, sizes: list[int], shape: Shape, work: _Work, small: Sequence[Tensor]
-) -> list[Tensor]:
-    """The gradients of the small parameters in float32 from the programs' partial sums."""
-    channels, blocks, patch_size, _ = shape
-    by_place = partials.unflatten(0, (-1, work.tiles_per_patch)).sum(0)
-    table = by_place[:, -sizes[-1] :].reshape(-1, patch_size**2, channels).sum(0)
-    affine, output, rgb, _ = by_place.sum(0).split(sizes)
-    affine = affine.view(blocks, MATRICES.value, 2 * channels, channels)
-    output, rgb = (t.view(2 * channels, -1)[:, :RGB] for t in (output, rgb))
-    return [
-        *fold_input_projections_backward(rgb[::2], table, small[:4], patch_size),
-        *fold_blocks_backward(affine[:, :, ::2].mT, affine[:, :, 1], small[4:-2]),
-        output[::2].T,
-        output[1],
-    ]
+_TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-
-_STACK_BYTES = {(16, True): 64, (32, True): 1024, (16, False): 1024, (32, False): 1024}
+_STACK_BYTES: dict[tuple[int, bool], int] = {}
 """Stack of a backward kernel's thread, which holds what it spills, by channels and precision."""
+
+_FLOAT32_ARGUMENTS = {
+    *("vectors", "output_vector", "rgb_vectors", "table", "grad_h", "partials"),
+    *("sums", "flat", "position", "grads"),
+}
+_INTEGER_ARGUMENTS = {
+    *("first", "end", "num_patches", "patches", "patch_columns"),
+    *("block", "places", "partial_size"),
+}
 
 
 def specialisations(capability: int) -> Iterator[Specialisation]:
-    """What `forward` and `backward` launch at patches of 16: DeCo-XL's three blocks, and the most.
-
-    64 channels are not held to limits yet: their backward kernels spill, and so does the forward
-    kernel in half precision where the matrices of all blocks exceed the shared memory.
-    """
+    """What `forward` and `backward` launch at patches of 16."""
     for dtype in _TRITON_TYPES:
-        for channels, blocks in ((16, 3), (32, 3), (32, MAX_BLOCKS)):
-            shape = Shape(channels, blocks, 16, dtype)
-            yield _specialisation(
-                "forward",
-                forward_kernel,
-                shape,
-                shape.forward_tile,
-                shape.forward_constants(capability),
-            )
-            yield _specialisation(
-                "backward",
-                backward_kernel,
-                shape,
-                shape.backward_tile,
-                shape.backward_constants(),
-            )
+        for channels in CHANNELS:
+            for blocks in (1, 3, MAX_BLOCKS):
+                shape = Shape(channels, blocks, 16, dtype)
+                yield from _forward_specialisations(shape, capability)
+            # Of these blocks, the first, one in between and the last; then a single one.
+            for blocks, block in ((3, 0), (3, 1), (3, 2), (1, 0)):
+                shape = Shape(channels, blocks, 16, dtype)
+                yield _backward_specialisation(shape, block, capability)
 
 
-_FLOAT32_ARGUMENTS = {"vectors", "output_vector", "rgb_vectors", "table", "grad_h", "partials"}
-_INTEGER_ARGUMENTS = {"num_tiles", "num_patches", "patches", "patch_columns"}
-
-
-def _specialisation(
-    direction: str, kernel: Any, shape: Shape, tile: Tile, constants: dict[str, Any]
-) -> Specialisation:
-    dtype = str(shape.dtype).removeprefix("torch.")
+def _types(kernel: Any, constants: dict[str, Any], dtype: torch.dtype) -> dict[str, str]:
     types = {}
     for argument in kernel.arg_names:
         if argument in _INTEGER_ARGUMENTS:
             types[argument] = "i32"
-        elif argument in _FLOAT32_ARGUMENTS:
+        elif argument in _FLOAT32_ARGUMENTS and argument not in constants:
             types[argument] = "*fp32"
         elif argument not in constants:
-            types[argument] = f"*{_TRITON_TYPES[shape.dtype]}"
+            types[argument] = f"*{_TRITON_TYPES[dtype]}"
+    return types
+
+
+def _forward_specialisations(shape: Shape, capability: int) -> Iterator[Specialisation]:
+    tile = shape.forward_tile(capability)
+    constants = shape.forward_constants(tile, capability)
+    roles: dict[str, dict[str, None]] = {"": {"inputs": None}}
+    if shape.blocks > 1:
+        roles |= {", keeping inputs": {}, ", inputs alone": {"velocity": None}}
+    for role, absent in roles.items():
+        yield Specialisation(
+            f"pixel_decoder_forward {_name(shape)} blocks={shape.blocks}{role}",
+            forward_kernel,
+            _types(forward_kernel, constants | absent, shape.dtype),
+            constants | absent,
+            num_warps=tile.warps,
+            tensor_cores=shape.half,
+        )
+
+
+def _backward_specialisation(shape: Shape, block: int, capability: int) -> Specialisation:
+    tile = shape.backward_tile(capability)
+    constants = shape.backward_constants(tile, block)
+    first, last = constants["FIRST"], constants["LAST"]
+    absent = [
+        *(() if last else ("grad_velocity",)),
+        *(("inputs",) if first else ("x", "grad_x")),
+        *(("grad_h",) if first and last else ()),
+    ]
+    constants |= dict.fromkeys(absent)
+    places = {(True, True): "only", (True, False): "first", (False, True): "last"}
     return Specialisation(
-        f"pixel_decoder_{direction} {dtype} C={shape.channels} blocks={shape.blocks}",
-        kernel,
-        types,
+        f"pixel_decoder_backward {_name(shape)} {places.get((first, last), 'middle')} block",
+        backward_kernel,
+        _types(backward_kernel, constants, shape.dtype),
         constants,
         num_warps=tile.warps,
-        stack_bytes=_STACK_BYTES[shape.channels, shape.half] if direction == "backward" else 0,
+        stack_bytes=_STACK_BYTES.get((shape.channels, shape.half), 0),
         tensor_cores=shape.half,
     )
+
+
+def _name(shape: Shape) -> str:
+    return f"{str(shape.dtype).removeprefix('torch.')} C={shape.channels}"

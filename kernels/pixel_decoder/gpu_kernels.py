@@ -9,10 +9,15 @@ and one pixel needs no other, so a tile of pixels passes through all blocks with
 registers. Pixels are the rows of every product: its result is then laid out like the left operand
 of the next. Only operands of products have the dtype of y; residual, norm and sums are float32.
 
-A tile is a run of pixels in y's order (patch, then pixel inside the patch). A program takes every
-`programs`-th tile, and as the host makes that a multiple of the tiles in a patch, its tiles lie at
-the same place of their patches: it holds its rows of the position table, and their gradient, in
-registers.
+A tile is a run of pixels in y's order (patch, then pixel inside the patch). A launch is given the
+tiles from `first` to `end`, and a program takes every `programs`-th of them. As the host makes
+`programs` and `first` multiples of the tiles in a patch, a program's tiles lie at the same place of
+their patches: it holds its rows of the position table, and their gradient, in registers.
+
+The backward pass is a launch for each block, the last one first, because the sums for the weights
+of one block fill the registers. From launch to launch go the gradient of the residual (float32) and
+what the blocks so far add to the gradient of y. A launch reads its block's input, which the forward
+kernel wrote, except the first block's, which is made from the pixels.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
@@ -32,6 +37,11 @@ COLORS = tl.constexpr(16)
 
 MATRICES = tl.constexpr(5)
 """(C, C) matrices of a block, and vectors: scale, shift, gate, fc1, fc2."""
+
+RGB = tl.constexpr(3)
+
+VECTOR_ROWS = tl.constexpr(16)
+"""Rows of an accumulator for vectors: tl.dot takes no fewer."""
 
 
 @triton.jit
@@ -170,10 +180,15 @@ def _load_table_tile(table, tile, AREA: tl.constexpr, BLOCK: tl.constexpr, C: tl
 
 
 @triton.jit
+def _rows(tile, BLOCK: tl.constexpr, C: tl.constexpr):
+    """Offsets of a tile of (pixels, C)."""
+    return tile.to(tl.int64) * (BLOCK * C) + _square(BLOCK, C)
+
+
+@triton.jit
 def _condition(y, tile, exists, BLOCK: tl.constexpr, C: tl.constexpr, APPROXIMATE: tl.constexpr):
     """A tile's silu(y) in the dtype of y."""
-    tile_start = tile.to(tl.int64) * (BLOCK * C)
-    value = tl.load(y + tile_start + _square(BLOCK, C), mask=exists[:, None], other=0)
+    value = tl.load(y + _rows(tile, BLOCK, C), mask=exists[:, None], other=0)
     value = value.to(tl.float32)
     return (value * _sigmoid(value, APPROXIMATE)).to(y.dtype.element_ty)
 
@@ -183,18 +198,20 @@ def _silu_derivative(x, sigmoid):
     return sigmoid * (1 + x * (1 - sigmoid))
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_patches", "patches", "patch_columns"])
+@triton.jit(do_not_specialize=["first", "end", "num_patches", "patches", "patch_columns"])
 def forward_kernel(
     x,  # (B, 3, H, W)
     y,  # (B·L, p², C), the condition before SiLU
-    velocity,  # (B, 3, H, W)
+    velocity,  # (B, 3, H, W), or None
+    inputs,  # (blocks - 1, pixels of this launch, C), dtype of y: of blocks 1, 2, …; or None
     matrices,  # (blocks, 5, C, C), (in, out), dtype of y
     vectors,  # (blocks, 5, C) float32
     output_matrix,  # (C, 16), dtype of y
     output_vector,  # (16,) float32
     rgb_vectors,  # (3, C) float32
     table,  # (p², C) float32
-    num_tiles,
+    first,
+    end,
     num_patches,  # B·L
     patches,  # L
     patch_columns,  # W/p
@@ -205,24 +222,29 @@ def forward_kernel(
     HOIST: tl.constexpr,  # keep all matrices loaded
     APPROXIMATE: tl.constexpr,
 ):
-    """The velocity of all pixels."""
-    program = tl.program_id(0)
+    """The velocity of the pixels, and their residuals between blocks."""
     programs = tl.num_programs(0)
+    start = first + tl.program_id(0)
     plane = patches.to(tl.int64) * (P * P)
     color = tl.arange(0, COLORS)
-    output = tl.load(output_matrix + _square(C, COLORS))
     # A tile of the position table stays in registers where these are many enough.
     HOIST_TABLE: tl.constexpr = C < 64 and y.dtype.element_ty != tl.float32
     if HOIST_TABLE:
-        table_tile = _load_table_tile(table, program, P * P, BLOCK, C)
-    output_bias = tl.load(output_vector + color)[None, :]
+        table_tile = _load_table_tile(table, start, P * P, BLOCK, C)
+    if velocity is not None:
+        output = tl.load(output_matrix + _square(C, COLORS))
+        output_bias = tl.load(output_vector + color)[None, :]
+    if inputs is not None:
+        # Counted from the launch's first pixel, and up to the last that exists.
+        pixels = tl.minimum(num_patches.to(tl.int64) * (P * P), end.to(tl.int64) * BLOCK)
+        input_size = (pixels - first.to(tl.int64) * BLOCK) * C
     hoisted = ()
     if HOIST:
         for block in tl.static_range(NUM_BLOCKS):
             hoisted = hoisted + (_load_matrices(matrices, block, C),)  # noqa: RUF005 Triton's way
 
-    for index in range(0, tl.cdiv(num_tiles - program, programs)):
-        tile = program + index * programs
+    for index in range(0, tl.cdiv(end - start, programs)):
+        tile = start + index * programs
         offset, exists = _place(tile, num_patches, patches, patch_columns, P, BLOCK)
         if not HOIST_TABLE:
             table_tile = _load_table_tile(table, tile, P * P, BLOCK, C)
@@ -230,183 +252,81 @@ def forward_kernel(
         condition = _condition(y, tile, exists, BLOCK, C, APPROXIMATE)
         for block in tl.static_range(NUM_BLOCKS):
             block_matrices = hoisted[block] if HOIST else _load_matrices(matrices, block, C)
-            h = _block(h, condition, block_matrices, _load_vectors(vectors, block, C), APPROXIMATE)
-        n, _ = _normalise(h)
-        result = _product(n.to(condition.dtype), output) + output_bias
-        tl.store(
-            velocity + offset[:, None] + color[None, :] * plane,
-            result.to(velocity.dtype.element_ty),
-            mask=exists[:, None] & (color < 3)[None, :],
-        )
-
-
-@triton.jit
-def _sums_place(C: tl.constexpr, COLUMNS: tl.constexpr):
-    """Offsets of a (2C, COLUMNS) sum, and which of its elements mean something."""
-    row = tl.arange(0, 2 * C)[:, None]
-    return _square(2 * C, COLUMNS), (row % 2 == 0) | (row == 1)
-
-
-@triton.jit
-def _load_sums(place, C: tl.constexpr, COLUMNS: tl.constexpr):
-    offset, used = _sums_place(C, COLUMNS)
-    return tl.load(place + offset, mask=used, other=0)
-
-
-@triton.jit
-def _store_sums(place, sums, C: tl.constexpr, COLUMNS: tl.constexpr):
-    offset, used = _sums_place(C, COLUMNS)
-    tl.store(place + offset, sums, mask=used)
-
-
-@triton.jit
-def _with_ones(a):
-    """The columns of a, each followed by one of ones."""
-    pairs = tl.join(a, tl.full(a.shape, 1, a.dtype))
-    return pairs.reshape(a.shape[0], 2 * a.shape[1])
+            if inputs is not None and block > 0:
+                place = inputs + (block - 1) * input_size + _rows(tile - first, BLOCK, C)
+                tl.store(place, h.to(condition.dtype), mask=exists[:, None])
+            # Without a velocity, the last block's result is of no use.
+            if velocity is not None or block < NUM_BLOCKS - 1:
+                block_vectors = _load_vectors(vectors, block, C)
+                h = _block(h, condition, block_matrices, block_vectors, APPROXIMATE)
+        if velocity is not None:
+            n, _ = _normalise(h)
+            result = _product(n.to(condition.dtype), output) + output_bias
+            tl.store(
+                velocity + offset[:, None] + color[None, :] * plane,
+                result.to(velocity.dtype.element_ty),
+                mask=exists[:, None] & (color < 3)[None, :],
+            )
 
 
 @triton.jit
 def _add_outer(sums, a, b):
-    """Add aᵀ b: of an affine map with inputs `_with_ones` and gradient b of its result.
-
-    The even rows are the gradient of the matrix, every odd row is that of the bias. The tensor
-    cores' smallest product has twice as many rows as C, so the bias costs nothing.
-    """
+    """sums + aᵀ b: where b is the gradient of a · matrix, that of the matrix."""
     return tl.dot(tl.trans(a), b, sums, input_precision="ieee")
 
 
 @triton.jit
-def _block_backward(
-    block,
-    first,
-    count,
-    x,
-    y,
-    matrices,
-    vectors,
-    rgb_matrix,
-    rgb_vectors,
-    table,
-    grad_x,
-    grad_y,
-    inputs,
-    grad_h,
-    partial,
-    num_patches,
-    patches,
-    patch_columns,
-    FIRST: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
-):
-    """One block for a program's group of tiles; the first block with the input projections."""
-    programs = tl.num_programs(0)
-    plane = patches.to(tl.int64) * (P * P)
-    color = tl.arange(0, COLORS)
-    dtype: tl.constexpr = y.dtype.element_ty
-    block_matrices = _load_matrices(matrices, block, C)
-
-    SUMS: tl.constexpr = 2 * C * C
-    own = partial + block * (MATRICES * SUMS)
-    scale_sums = _load_sums(own, C, C)
-    shift_sums = _load_sums(own + SUMS, C, C)
-    gate_sums = _load_sums(own + 2 * SUMS, C, C)
-    fc1_sums = _load_sums(own + 3 * SUMS, C, C)
-    fc2_sums = _load_sums(own + 4 * SUMS, C, C)
-    rgb_place = partial + NUM_BLOCKS * (MATRICES * SUMS) + 2 * C * COLORS
-    table_place = rgb_place + 2 * C * COLORS
-    if FIRST:
-        rgb_sums = _load_sums(rgb_place, C, COLORS)
-        table_sums = tl.load(table_place + _square(BLOCK, C))
-        rgb = tl.load(rgb_matrix + _square(C, COLORS))
-
-    for t in range(0, count):
-        tile = first + t * programs
-        offset, exists = _place(tile, num_patches, patches, patch_columns, P, BLOCK)
-        condition = _condition(y, tile, exists, BLOCK, C, APPROXIMATE)
-        condition = _computed_once(condition, APPROXIMATE)
-        tile_square = t * (BLOCK * C) + _square(BLOCK, C)
-        if FIRST:
-            table_tile = _load_table_tile(table, tile, P * P, BLOCK, C)
-            h = _embed(x, offset, exists, plane, rgb_vectors, table_tile, C)
-        else:
-            h = tl.load(inputs + (block - 1) * (GROUP * BLOCK * C) + tile_square).to(tl.float32)
-        grad = tl.load(grad_h + tile_square)
-        block_vectors = _load_vectors(vectors, block, C)
-
-        n, rstd = _normalise(h)
-        scale, z = _modulate(n, condition, block_matrices, block_vectors)
-        a = _affine(z, block_matrices, block_vectors, 3)
-        sigmoid_a = _sigmoid(a, APPROXIMATE)
-        u = _computed_once((a * sigmoid_a).to(dtype), APPROXIMATE)
-        derivative = _silu_derivative(a, sigmoid_a)
-        grad_gate = (grad * _affine(u, block_matrices, block_vectors, 4)).to(dtype)
-        grad_output = (grad * _affine(condition, block_matrices, block_vectors, 2)).to(dtype)
-        fc2_sums = _add_outer(fc2_sums, _with_ones(u), grad_output)
-        grad_a = _product(grad_output, tl.trans(block_matrices[4]))
-        grad_a = (grad_a * derivative).to(dtype)
-        fc1_sums = _add_outer(fc1_sums, _with_ones(z), grad_a)
-        grad_z = _product(grad_a, tl.trans(block_matrices[3]))
-        grad += _normalise_backward(grad_z * scale, n, rstd)
-
-        grad_scale = (grad_z * n).to(dtype)
-        grad_shift = grad_z.to(dtype)
-        condition_ones = _with_ones(condition)
-        scale_sums = _add_outer(scale_sums, condition_ones, grad_scale)
-        shift_sums = _add_outer(shift_sums, condition_ones, grad_shift)
-        gate_sums = _add_outer(gate_sums, condition_ones, grad_gate)
-
-        grad_condition = _product(grad_scale, tl.trans(block_matrices[0]))
-        grad_condition += _product(grad_shift, tl.trans(block_matrices[1]))
-        grad_condition += _product(grad_gate, tl.trans(block_matrices[2]))
-        y_square = tile.to(tl.int64) * (BLOCK * C) + _square(BLOCK, C)
-        y_exists = exists[:, None]
-        if not (FIRST and NUM_BLOCKS == 1):
-            # The last block comes first and finds nothing to add to.
-            earlier = tl.load(grad_y + y_square, mask=y_exists & (block < NUM_BLOCKS - 1), other=0)
-            grad_condition += earlier.to(tl.float32)
-        if FIRST:
-            # A second load, because the registers cannot hold y, and volatile to remain one.
-            value = tl.load(y + y_square, mask=y_exists, other=0, volatile=True).to(tl.float32)
-            grad_condition *= _silu_derivative(value, _sigmoid(value, APPROXIMATE))
-        tl.store(grad_y + y_square, grad_condition.to(dtype), mask=y_exists)
-
-        if FIRST:
-            table_sums += grad
-            grad_embedding = grad.to(dtype)
-            color_place = offset[:, None] + color[None, :] * plane
-            color_exists = exists[:, None] & (color < 3)[None, :]
-            colors = tl.load(x + color_place, mask=color_exists, other=0).to(dtype)
-            rgb_sums = _add_outer(rgb_sums, _with_ones(grad_embedding), colors)
-            if grad_x is not None:
-                tl.store(
-                    grad_x + color_place,
-                    _product(grad_embedding, rgb).to(grad_x.dtype.element_ty),
-                    mask=color_exists,
-                )
-        else:
-            tl.store(grad_h + tile_square, grad)
-
-    _store_sums(own, scale_sums, C, C)
-    _store_sums(own + SUMS, shift_sums, C, C)
-    _store_sums(own + 2 * SUMS, gate_sums, C, C)
-    _store_sums(own + 3 * SUMS, fc1_sums, C, C)
-    _store_sums(own + 4 * SUMS, fc2_sums, C, C)
-    if FIRST:
-        _store_sums(rgb_place, rgb_sums, C, COLORS)
-        tl.store(table_place + _square(BLOCK, C), table_sums)
+def _add_to_row(sums, row: tl.constexpr, b):
+    """sums with Σ b added to one row: where b is the gradient of … + vector, that of the vector."""
+    here = tl.arange(0, VECTOR_ROWS)[:, None] == row
+    if b.dtype == tl.float32:
+        sums += tl.where(here, tl.sum(b, axis=0)[None, :], 0)
+    else:
+        # A product, where a reduction would make all threads exchange data.
+        ones = tl.full((VECTOR_ROWS, b.shape[0]), 1, b.dtype)
+        sums = tl.dot(tl.where(here, ones, tl.zeros_like(ones)), b, sums)
+    return sums
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_patches", "patches", "patch_columns"])
+@triton.jit
+def _add_affine(matrix_sums, vector_sums, row: tl.constexpr, a, b):
+    return _add_outer(matrix_sums, a, b), _add_to_row(vector_sums, row, b)
+
+
+@triton.jit
+def _row_sums_place(rows: tl.constexpr, C: tl.constexpr):
+    """Offsets of a small accumulator, and which of its rows are in use."""
+    return _square(VECTOR_ROWS, C), tl.arange(0, VECTOR_ROWS)[:, None] < rows
+
+
+@triton.jit
+def _load_row_sums(place, rows: tl.constexpr, C: tl.constexpr, continued):
+    offset, used = _row_sums_place(rows, C)
+    return tl.load(place + offset, mask=used & continued, other=0)
+
+
+@triton.jit
+def _store_row_sums(place, sums, rows: tl.constexpr, C: tl.constexpr):
+    offset, used = _row_sums_place(rows, C)
+    tl.store(place + offset, sums, mask=used)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "partial_size",
+        "block",
+        "first",
+        "end",
+        "num_patches",
+        "patches",
+        "patch_columns",
+    ]
+)
 def backward_kernel(
-    grad_velocity,  # (B, 3, H, W)
-    x,  # (B, 3, H, W)
+    grad_velocity,  # (B, 3, H, W); None but for the last block
+    x,  # (B, 3, H, W); None but for the first block
     y,  # (B·L, p², C)
+    inputs,  # (pixels of this launch, C), of this block; None for the first
     matrices,  # as in forward_kernel, up to `table`
     vectors,
     output_matrix,
@@ -415,127 +335,148 @@ def backward_kernel(
     table,
     grad_x,  # (B, 3, H, W), or None
     grad_y,  # (B·L, p², C)
-    inputs,  # scratch (programs, blocks - 1, GROUP, BLOCK, C), dtype of y
-    grad_h,  # scratch (programs, GROUP, BLOCK, C) float32
-    partials,  # (programs, partial_size) float32, zero before
-    num_tiles,
+    grad_h,  # scratch (tiles of this launch, BLOCK, C) float32; None for a single block
+    partials,  # (programs, partial_size) float32: output, colours, table, blocks
+    partial_size,
+    block,
+    first,
+    end,
     num_patches,
     patches,
     patch_columns,
-    NUM_BLOCKS: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
     C: tl.constexpr,
     P: tl.constexpr,
     BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,  # tiles that a program takes through all blocks at a time
     APPROXIMATE: tl.constexpr,
 ):
-    """All gradients of the per-pixel part; those of the weights as one sum for each program.
-
-    The sums for all blocks do not fit into the registers. So a program takes a group of tiles
-    forward, keeping the blocks' inputs in its own scratch memory, which stays in the cache, and
-    then goes back block by block through the whole group with one block's sums at a time.
-    """
+    """Gradients of one block; the first block's with the input projections, the last one's with the
+    output. Those of weights are one sum for each program, continued from tiles before `first`."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
+    start = first + program
     plane = patches.to(tl.int64) * (P * P)
     color = tl.arange(0, COLORS)
     dtype: tl.constexpr = y.dtype.element_ty
-    GROUP_SIZE: tl.constexpr = GROUP * BLOCK * C
-    BLOCKS_PARTIAL: tl.constexpr = NUM_BLOCKS * MATRICES * 2 * C * C
-    PARTIAL: tl.constexpr = BLOCKS_PARTIAL + 4 * C * COLORS + BLOCK * C
-    inputs += program.to(tl.int64) * ((NUM_BLOCKS - 1) * GROUP_SIZE)
-    grad_h += program.to(tl.int64) * GROUP_SIZE
-    partial = partials + program.to(tl.int64) * PARTIAL
-    output_place = partial + BLOCKS_PARTIAL
+    block_matrices = _load_matrices(matrices, block, C)
 
-    for first in range(program, num_tiles, programs * GROUP):
-        count = tl.minimum(GROUP, tl.cdiv(num_tiles - first, programs))
+    continued = first > 0
+    partial = partials + program.to(tl.int64) * partial_size
+    output_place = partial + COLORS
+    rgb_place = output_place + RGB * C
+    table_place = rgb_place + RGB * C
+    own = table_place + BLOCK * C + block * (MATRICES * (C * C + C))
+    square = _square(C, C)
+    scale_sums = tl.load(own + square, mask=continued, other=0)
+    shift_sums = tl.load(own + C * C + square, mask=continued, other=0)
+    gate_sums = tl.load(own + 2 * C * C + square, mask=continued, other=0)
+    fc1_sums = tl.load(own + 3 * C * C + square, mask=continued, other=0)
+    fc2_sums = tl.load(own + 4 * C * C + square, mask=continued, other=0)
+    vector_place = own + MATRICES * C * C
+    vector_sums = _load_row_sums(vector_place, MATRICES, C, continued)
+    if FIRST:
+        rgb_sums = _load_row_sums(rgb_place, RGB, C, continued)
+        table_sums = tl.load(table_place + _square(BLOCK, C), mask=continued, other=0)
+        rgb = tl.load(rgb_matrix + _square(C, COLORS))
+    if LAST:
+        output_sums = _load_row_sums(output_place, RGB, C, continued)
+        # Added up over the pixels of a tile at the end, not for every tile.
+        result_sums = tl.zeros((BLOCK, COLORS), tl.float32)
         output = tl.load(output_matrix + _square(C, COLORS))
-        output_sums = _load_sums(output_place, C, COLORS)
-        for t in range(0, count):
-            tile = first + t * programs
-            offset, exists = _place(tile, num_patches, patches, patch_columns, P, BLOCK)
+
+    for index in range(0, tl.cdiv(end - start, programs)):
+        tile = start + index * programs
+        offset, exists = _place(tile, num_patches, patches, patch_columns, P, BLOCK)
+        condition = _condition(y, tile, exists, BLOCK, C, APPROXIMATE)
+        condition = _computed_once(condition, APPROXIMATE)
+        own_rows = _rows(tile - first, BLOCK, C)
+        if FIRST:
             table_tile = _load_table_tile(table, tile, P * P, BLOCK, C)
             h = _embed(x, offset, exists, plane, rgb_vectors, table_tile, C)
-            condition = _condition(y, tile, exists, BLOCK, C, APPROXIMATE)
-            tile_square = t * (BLOCK * C) + _square(BLOCK, C)
-            for block in tl.static_range(NUM_BLOCKS):
-                if block > 0:
-                    tl.store(inputs + (block - 1) * GROUP_SIZE + tile_square, h.to(dtype))
-                h = _block(
-                    h,
-                    condition,
-                    _load_matrices(matrices, block, C),
-                    _load_vectors(vectors, block, C),
-                    APPROXIMATE,
-                )
-            n, rstd = _normalise(h)
+        else:
+            h = tl.load(inputs + own_rows, mask=exists[:, None], other=0).to(tl.float32)
+        block_vectors = _load_vectors(vectors, block, C)
+
+        n, rstd = _normalise(h)
+        scale, z = _modulate(n, condition, block_matrices, block_vectors)
+        a = _affine(z, block_matrices, block_vectors, 3)
+        sigmoid_a = _sigmoid(a, APPROXIMATE)
+        u = _computed_once((a * sigmoid_a).to(dtype), APPROXIMATE)
+        derivative = _silu_derivative(a, sigmoid_a)
+        output_of_mlp = _affine(u, block_matrices, block_vectors, 4)
+        gate = _affine(condition, block_matrices, block_vectors, 2)
+        if LAST:
+            last_n, last_rstd = _normalise(h + gate * output_of_mlp)
             grad_result = tl.load(
                 grad_velocity + offset[:, None] + color[None, :] * plane,
                 mask=exists[:, None] & (color < 3)[None, :],
                 other=0,
-            ).to(dtype)
-            output_sums = _add_outer(output_sums, _with_ones(n.to(dtype)), grad_result)
-            grad_n = _product(grad_result, tl.trans(output))
-            tl.store(grad_h + tile_square, _normalise_backward(grad_n, n, rstd))
-        _store_sums(output_place, output_sums, C, COLORS)
-
-        for step in range(0, NUM_BLOCKS - 1):
-            # What one thread has stored another may load: of the scratch memory, and of grad_y.
-            tl.debug_barrier()
-            _block_backward(
-                NUM_BLOCKS - 1 - step,
-                first,
-                count,
-                x,
-                y,
-                matrices,
-                vectors,
-                rgb_matrix,
-                rgb_vectors,
-                table,
-                grad_x,
-                grad_y,
-                inputs,
-                grad_h,
-                partial,
-                num_patches,
-                patches,
-                patch_columns,
-                False,
-                NUM_BLOCKS,
-                C,
-                P,
-                BLOCK,
-                GROUP,
-                APPROXIMATE,
             )
-        tl.debug_barrier()
-        _block_backward(
-            0,
-            first,
-            count,
-            x,
-            y,
-            matrices,
-            vectors,
-            rgb_matrix,
-            rgb_vectors,
-            table,
-            grad_x,
-            grad_y,
-            inputs,
-            grad_h,
-            partial,
-            num_patches,
-            patches,
-            patch_columns,
-            True,
-            NUM_BLOCKS,
-            C,
-            P,
-            BLOCK,
-            GROUP,
-            APPROXIMATE,
-        )
-        tl.debug_barrier()
+            result_sums += grad_result.to(tl.float32)
+            grad_result = grad_result.to(dtype)
+            output_sums = _add_outer(output_sums, grad_result, last_n.to(dtype))
+            grad = _product(grad_result, tl.trans(output))
+            grad = _normalise_backward(grad, last_n, last_rstd)
+        else:
+            grad = tl.load(grad_h + own_rows)
+
+        grad_gate = (grad * output_of_mlp).to(dtype)
+        grad_output = (grad * gate).to(dtype)
+        fc2_sums, vector_sums = _add_affine(fc2_sums, vector_sums, 4, u, grad_output)
+        grad_a = _product(grad_output, tl.trans(block_matrices[4]))
+        grad_a = (grad_a * derivative).to(dtype)
+        fc1_sums, vector_sums = _add_affine(fc1_sums, vector_sums, 3, z, grad_a)
+        grad_z = _product(grad_a, tl.trans(block_matrices[3]))
+        grad += _normalise_backward(grad_z * scale, n, rstd)
+
+        grad_scale = (grad_z * n).to(dtype)
+        grad_shift = grad_z.to(dtype)
+        scale_sums, vector_sums = _add_affine(scale_sums, vector_sums, 0, condition, grad_scale)
+        shift_sums, vector_sums = _add_affine(shift_sums, vector_sums, 1, condition, grad_shift)
+        gate_sums, vector_sums = _add_affine(gate_sums, vector_sums, 2, condition, grad_gate)
+
+        grad_condition = _product(grad_scale, tl.trans(block_matrices[0]))
+        grad_condition += _product(grad_shift, tl.trans(block_matrices[1]))
+        grad_condition += _product(grad_gate, tl.trans(block_matrices[2]))
+        y_place = _rows(tile, BLOCK, C)
+        if not LAST:
+            later = tl.load(grad_y + y_place, mask=exists[:, None], other=0)
+            grad_condition += later.to(tl.float32)
+        if FIRST:
+            # A second load, because the registers cannot hold y, and volatile to remain one.
+            value = tl.load(y + y_place, mask=exists[:, None], other=0, volatile=True)
+            value = value.to(tl.float32)
+            grad_condition *= _silu_derivative(value, _sigmoid(value, APPROXIMATE))
+        tl.store(grad_y + y_place, grad_condition.to(dtype), mask=exists[:, None])
+
+        if FIRST:
+            table_sums += grad
+            grad_embedding = grad.to(dtype)
+            color_place = offset[:, None] + color[None, :] * plane
+            color_exists = exists[:, None] & (color < 3)[None, :]
+            colors = tl.load(x + color_place, mask=color_exists, other=0).to(dtype)
+            rgb_sums = _add_outer(rgb_sums, colors, grad_embedding)
+            if grad_x is not None:
+                tl.store(
+                    grad_x + color_place,
+                    _product(grad_embedding, rgb).to(grad_x.dtype.element_ty),
+                    mask=color_exists,
+                )
+        else:
+            tl.store(grad_h + own_rows, grad)
+
+    tl.store(own + square, scale_sums)
+    tl.store(own + C * C + square, shift_sums)
+    tl.store(own + 2 * C * C + square, gate_sums)
+    tl.store(own + 3 * C * C + square, fc1_sums)
+    tl.store(own + 4 * C * C + square, fc2_sums)
+    _store_row_sums(vector_place, vector_sums, MATRICES, C)
+    if FIRST:
+        _store_row_sums(rgb_place, rgb_sums, RGB, C)
+        tl.store(table_place + _square(BLOCK, C), table_sums)
+    if LAST:
+        _store_row_sums(output_place, output_sums, RGB, C)
+        sums = tl.sum(result_sums, axis=0)
+        sums += tl.load(partial + color, mask=continued & (color < COLORS), other=0)
+        tl.store(partial + color, sums)

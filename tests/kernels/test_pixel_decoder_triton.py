@@ -63,14 +63,17 @@ class Case:
             self.small += [normal(c, c, std=c**-0.5), normal(c)] * 2
         self.small += [normal(3, c), normal(3)]
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        return gpu.forward(self.x, self.tokens, *self.upsample, self.small, self.patch_size)
+    def forward(self, keep_inputs: bool = True) -> tuple[Tensor, list[Tensor]]:
+        """The velocity, and what the backward pass is to be given of the forward pass."""
+        velocity, *kept = gpu.forward(
+            self.x, self.tokens, *self.upsample, self.small, self.patch_size, keep_inputs
+        )
+        return velocity, kept
 
-    def backward(self, y: Tensor, need_x_grad: bool = True) -> list[Tensor]:
+    def backward(self, kept: list[Tensor], need_x_grad: bool = True) -> list[Tensor]:
         """The gradients of x, the tokens, the upsampling and the small parameters."""
-        weight, bias = self.upsample
         grad_x, *grads, grad_small = gpu.backward(
-            *(self.grad_velocity, self.x, self.tokens, y, weight, bias),
+            *(self.grad_velocity, self.x, self.tokens, *kept, *self.upsample),
             *(self.small, self.patch_size, need_x_grad),
         )
         return [grad_x, *grads, *grad_small]
@@ -110,10 +113,10 @@ def _poisoned_memory() -> Iterator[None]:
 class TestAgainstTheReference:
     __test__ = interpreter.KERNELS_RUN
 
-    def check(self, case: Case, tolerance: float) -> None:
+    def check(self, case: Case, tolerance: float, keep_inputs: bool = True) -> None:
         expected_velocity, expected_grads = case.expected()
-        velocity, y = case.forward()
-        grads = case.backward(y)
+        velocity, kept = case.forward(keep_inputs)
+        grads = case.backward(kept)
         assert velocity.dtype == case.tokens.dtype
         assert relative_error(velocity, expected_velocity) < tolerance
         parameters = [case.x, case.tokens, *case.upsample, *case.small]
@@ -126,9 +129,17 @@ class TestAgainstTheReference:
     def test_velocity_and_gradients(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.check(Case(*shape, dtype), TOLERANCE[dtype])
 
-    def test_several_groups_of_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gpu, "GROUP", 2)
-        self.check(Case(16, 2, 8, 1, 3, 3, torch.float32), 1e-5)
+    @pytest.mark.parametrize("keep_inputs", [False, True])
+    @pytest.mark.parametrize("blocks", [1, 3])
+    def test_several_shares_of_the_pixels(
+        self, blocks: int, keep_inputs: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(gpu, "PIXELS_AT_A_TIME", 256)
+        self.check(Case(16, blocks, 8, 1, 3, 3, torch.float32), 1e-5, keep_inputs)
+
+    @pytest.mark.parametrize("shape", SHAPES[:3])
+    def test_lean(self, shape: tuple[int, ...]) -> None:
+        self.check(Case(*shape, torch.float32), 1e-5, keep_inputs=False)
 
     def test_mixed_dtypes_and_strides(self) -> None:
         case = Case(16, 1, 4, 2, 3, 3, torch.float16)
@@ -144,24 +155,24 @@ class TestBehaviour:
 
     def test_the_same_bits_at_every_run(self) -> None:
         case = Case(16, 2, 4, 1, 3, 5, torch.float16)
-        (velocity, y), (again, _) = case.forward(), case.forward()
+        (velocity, kept), (again, _) = case.forward(), case.forward()
         assert torch.equal(velocity, again)
-        for grad, grad_again in zip(case.backward(y), case.backward(y), strict=True):
+        for grad, grad_again in zip(case.backward(kept), case.backward(kept), strict=True):
             assert torch.equal(grad, grad_again)
 
     def test_no_gradient_of_x_where_none_is_asked_for(self) -> None:
         case = Case(16, 1, 4, 1, 1, 3, torch.float32)
-        _, y = case.forward()
-        with_x, without_x = case.backward(y), case.backward(y, need_x_grad=False)
+        _, kept = case.forward()
+        with_x, without_x = case.backward(kept), case.backward(kept, need_x_grad=False)
         assert without_x[0].numel() == 0
         for grad, grad_with_x in zip(without_x[1:], with_x[1:], strict=True):
             assert torch.equal(grad, grad_with_x)
 
     def test_no_image(self) -> None:
         case = Case(16, 1, 4, 0, 2, 2, torch.float32)
-        velocity, y = case.forward()
+        velocity, kept = case.forward()
         assert velocity.shape == (0, 3, 8, 8)
-        assert all(grad.count_nonzero() == 0 for grad in case.backward(y))
+        assert all(grad.count_nonzero() == 0 for grad in case.backward(kept))
 
     @pytest.mark.parametrize(
         ("channels", "blocks", "patch_size"), [(24, 1, 4), (16, 7, 4), (16, 1, 3)]
@@ -176,15 +187,15 @@ class TestBehaviour:
     def test_more_elements_than_32_bits_count(self) -> None:
         """The last image of a batch with more than 2³¹ elements in y, against that image alone."""
         case = Case(16, 1, 16, 2200, 16, 16, torch.bfloat16)
-        velocity, y = case.forward()
-        assert y.numel() > 2**31
-        grad_x, grad_tokens, *_ = case.backward(y)
+        velocity, kept = case.forward()
+        assert kept[0].numel() > 2**31
+        grad_x, grad_tokens, *_ = case.backward(kept)
         case.x, case.tokens, case.grad_velocity = (
             tensor[-1:] for tensor in (case.x, case.tokens, case.grad_velocity)
         )
-        last_velocity, y = case.forward()
+        last_velocity, kept = case.forward()
         assert relative_error(velocity[-1:], last_velocity.double()) < 1e-2
-        last_grad_x, last_grad_tokens, *_ = case.backward(y)
+        last_grad_x, last_grad_tokens, *_ = case.backward(kept)
         assert relative_error(grad_x[-1:], last_grad_x.double()) < 1e-2
         assert relative_error(grad_tokens[-1:], last_grad_tokens.double()) < 1e-2
 
