@@ -238,9 +238,9 @@ _define(
 _define(
     "pixel_decoder_backward",
     "(Tensor grad_velocity, Tensor x, Tensor tokens, Tensor y, Tensor block_inputs, "
-    "Tensor upsample_weight, Tensor upsample_bias, Tensor[] small, int patch_size, bool need_x_grad) -> (Tensor grad_x, "
-    "Tensor grad_tokens, Tensor grad_upsample_weight, Tensor grad_upsample_bias, "
-    "Tensor[] grad_small)",
+    "Tensor upsample_weight, Tensor upsample_bias, Tensor[] small, int patch_size, "
+    "bool need_x_grad) -> (Tensor grad_x, Tensor grad_tokens, Tensor grad_upsample_weight, "
+    "Tensor grad_upsample_bias, Tensor[] grad_small)",
     "backward",
 )
 

@@ -33,8 +33,9 @@ from deco_fast.kernels.registration import block_inputs_shape
 from deco_fast.kernels.specialisation import Specialisation
 
 PIXELS_AT_A_TIME = 2**18
-"""A power of two. Pixels that the backward pass takes through all blocks before it goes on: few enough for what
-goes from launch to launch to cost little memory, enough to make little of a launch."""
+"""Pixels, a power of two, that the backward pass takes through all blocks before it goes on: few
+enough for what goes from launch to launch to cost little memory, enough to make little of a launch.
+"""
 
 FOLD_LAUNCH = {"ROWS": 16, "num_warps": 4, "num_stages": 1}
 
@@ -86,7 +87,6 @@ class _Folded(NamedTuple):
     vectors: Tensor  # (blocks, 5, C) float32
     output_matrix: Tensor  # (C, 16)
     output_vector: Tensor  # (16,) float32
-    rgb_matrix: Tensor  # (C, 16)
     rgb_vectors: Tensor  # (3, C) float32
     table: Tensor  # (p², C) float32
 
@@ -99,8 +99,7 @@ class _Folded(NamedTuple):
             flat.new_empty((blocks, MATRICES.value, channels)),
             flat.new_empty((channels, colors), dtype=dtype),
             flat.new_empty(colors),
-            flat.new_empty((channels, colors), dtype=dtype),
-            flat.new_empty((3, channels)),
+            flat.new_empty((RGB, channels)),
             flat.new_empty((area, channels)),
         )
         programs = blocks + triton.cdiv(area, FOLD_LAUNCH["ROWS"])
@@ -125,7 +124,8 @@ def _separate(flat: Tensor, small: Sequence[Tensor]) -> list[Tensor]:
     """The inverse of `_flat`, in the dtypes of `small`."""
     # Converted at once where all have the same dtype: one launch, and not one for each.
     flat = flat.to(functools.reduce(torch.promote_types, (tensor.dtype for tensor in small)))
-    pieces = torch.split_with_sizes_copy(flat, [tensor.numel() for tensor in small])
+    pieces = [torch.empty_like(tensor, dtype=flat.dtype).view(-1) for tensor in small]
+    torch.split_with_sizes_copy(flat, [piece.numel() for piece in pieces], out=pieces)
     return [
         piece.view(tensor.shape).to(tensor.dtype)
         for piece, tensor in zip(pieces, small, strict=True)
@@ -307,7 +307,6 @@ def _launch_backward(
                 folded.matrices,
                 folded.vectors,
                 folded.output_matrix,
-                folded.rgb_matrix,
                 folded.rgb_vectors,
                 folded.table,
                 grad_x if is_first else None,

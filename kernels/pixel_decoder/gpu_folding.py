@@ -103,7 +103,6 @@ def fold_kernel(
     vectors,  # (blocks, 5, C) float32
     output_matrix,  # (C, 16)
     output_vector,  # (16,) float32
-    rgb_matrix,  # (C, 16)
     rgb_vectors,  # (3, C) float32
     table,  # (p², C) float32
     NUM_BLOCKS: tl.constexpr,
@@ -134,7 +133,6 @@ def fold_kernel(
             is_color = color < RGB
             square = channel[:, None] * COLORS + color[None, :]
             rgb = _product(projection, colors)
-            tl.store(rgb_matrix + square, rgb)
             tl.store(
                 rgb_vectors + color[None, :] * C + channel[:, None], rgb, mask=is_color[None, :]
             )

@@ -203,7 +203,7 @@ def forward_kernel(
     x,  # (B, 3, H, W)
     y,  # (B·L, p², C), the condition before SiLU
     velocity,  # (B, 3, H, W), or None
-    inputs,  # (blocks - 1, pixels of this launch, C), dtype of y: of blocks 1, 2, …; or None
+    inputs,  # (blocks - 1, pixels of this launch, C), dtype of y: what blocks 1, 2, … get; or None
     matrices,  # (blocks, 5, C, C), (in, out), dtype of y
     vectors,  # (blocks, 5, C) float32
     output_matrix,  # (C, 16), dtype of y
@@ -250,15 +250,28 @@ def forward_kernel(
             table_tile = _load_table_tile(table, tile, P * P, BLOCK, C)
         h = _embed(x, offset, exists, plane, rgb_vectors, table_tile, C)
         condition = _condition(y, tile, exists, BLOCK, C, APPROXIMATE)
-        for block in tl.static_range(NUM_BLOCKS):
-            block_matrices = hoisted[block] if HOIST else _load_matrices(matrices, block, C)
-            if inputs is not None and block > 0:
-                place = inputs + (block - 1) * input_size + _rows(tile - first, BLOCK, C)
-                tl.store(place, h.to(condition.dtype), mask=exists[:, None])
-            # Without a velocity, the last block's result is of no use.
-            if velocity is not None or block < NUM_BLOCKS - 1:
-                block_vectors = _load_vectors(vectors, block, C)
-                h = _block(h, condition, block_matrices, block_vectors, APPROXIMATE)
+        # Without a velocity, the last block's result is of no use.
+        BLOCKS: tl.constexpr = NUM_BLOCKS if velocity is not None else NUM_BLOCKS - 1
+        place = _rows(tile - first, BLOCK, C)
+        if HOIST:
+            for block in tl.static_range(BLOCKS):
+                h = _block(
+                    h, condition, hoisted[block], _load_vectors(vectors, block, C), APPROXIMATE
+                )
+                if inputs is not None and block < NUM_BLOCKS - 1:
+                    next_inputs = inputs + block * input_size
+                    tl.store(next_inputs + place, h.to(condition.dtype), mask=exists[:, None])
+        else:
+            # Not unrolled: the compiler would load weights far ahead, into registers it lacks.
+            for block in range(BLOCKS):
+                block_matrices = _load_matrices(matrices, block, C)
+                h = _block(
+                    h, condition, block_matrices, _load_vectors(vectors, block, C), APPROXIMATE
+                )
+                if inputs is not None:
+                    next_inputs = inputs + block * input_size
+                    is_input = exists[:, None] & (block < NUM_BLOCKS - 1)
+                    tl.store(next_inputs + place, h.to(condition.dtype), mask=is_input)
         if velocity is not None:
             n, _ = _normalise(h)
             result = _product(n.to(condition.dtype), output) + output_bias
@@ -330,7 +343,6 @@ def backward_kernel(
     matrices,  # as in forward_kernel, up to `table`
     vectors,
     output_matrix,
-    rgb_matrix,  # (C, 16), dtype of y: rgb_vectors transposed
     rgb_vectors,
     table,
     grad_x,  # (B, 3, H, W), or None
@@ -378,7 +390,6 @@ def backward_kernel(
     if FIRST:
         rgb_sums = _load_row_sums(rgb_place, RGB, C, continued)
         table_sums = tl.load(table_place + _square(BLOCK, C), mask=continued, other=0)
-        rgb = tl.load(rgb_matrix + _square(C, COLORS))
     if LAST:
         output_sums = _load_row_sums(output_place, RGB, C, continued)
         # Added up over the pixels of a tile at the end, not for every tile.
@@ -458,11 +469,10 @@ def backward_kernel(
             colors = tl.load(x + color_place, mask=color_exists, other=0).to(dtype)
             rgb_sums = _add_outer(rgb_sums, colors, grad_embedding)
             if grad_x is not None:
-                tl.store(
-                    grad_x + color_place,
-                    _product(grad_embedding, rgb).to(grad_x.dtype.element_ty),
-                    mask=color_exists,
-                )
+                channel = rgb_vectors + tl.arange(0, C)[None, :]
+                for k in tl.static_range(3):
+                    grad_color = tl.sum(grad * tl.load(channel + k * C), axis=1)
+                    tl.store(grad_x + offset + k * plane, grad_color, mask=exists)
         else:
             tl.store(grad_h + own_rows, grad)
 

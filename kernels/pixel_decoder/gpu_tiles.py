@@ -70,7 +70,7 @@ class Shape(NamedTuple):
         """The arguments that the forward kernel is compiled with."""
         matrices = self.blocks * MATRICES.value * self.channels**2 * self.dtype.itemsize
         available = _SHARED_MEMORY.get(capability, min(_SHARED_MEMORY.values()))
-        hoist = self.half and matrices + _FORWARD_OPERANDS <= available
+        hoist = self.half and matrices + _FORWARD_OPERANDS <= available and (capability < 100 or self.blocks <= 3)
         return {
             "NUM_BLOCKS": self.blocks,
             "HOIST": hoist,
