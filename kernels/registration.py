@@ -311,13 +311,11 @@ def _decoder_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 
 
 def _decoder_backward(ctx: Any, grad_velocity: Tensor, *_: None) -> tuple[Any, ...]:
-    *tensors, upsample_weight, upsample_bias = ctx.saved_tensors[:6]
-    small = list(ctx.saved_tensors[6:])
+    x, tokens, y, block_inputs, upsample_weight, upsample_bias, *small = ctx.saved_tensors
     need_x_grad = ctx.needs_input_grad[0]
     grad_x, *grads, grad_small = fused_ops.pixel_decoder_backward(
-        grad_velocity,
-        *tensors,
-        *(upsample_weight, upsample_bias, small, ctx.patch_size, need_x_grad),
+        *(grad_velocity, x, tokens, y, block_inputs, upsample_weight, upsample_bias, small),
+        *(ctx.patch_size, need_x_grad),
     )
     return grad_x if need_x_grad else None, *grads, grad_small, None, None
 

@@ -11,6 +11,7 @@ at a time.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -37,7 +38,11 @@ PIXELS_AT_A_TIME = 2**18
 enough for what goes from launch to launch to cost little memory, enough to make little of a launch.
 """
 
-FOLD_LAUNCH = {"ROWS": 16, "num_warps": 4, "num_stages": 1}
+FOLD_LAUNCH = {"ROWS": 16, "num_stages": 1}
+
+
+def _fold_warps(channels: int) -> int:
+    return channels // 4
 
 
 class _Work(NamedTuple):
@@ -110,6 +115,7 @@ class _Folded(NamedTuple):
             NUM_BLOCKS=blocks,
             C=channels,
             AREA=area,
+            num_warps=_fold_warps(channels),
             **FOLD_LAUNCH,
         )
         return folded
@@ -205,7 +211,7 @@ def _launch_forward(
         work.num_patches,
         work.patches,
         work.patch_columns,
-        **shape.forward_constants(tile, capability, _interpreted(x.device)),
+        **shape.forward_constants(tile, _interpreted(x.device)),
         num_warps=tile.warps,
         num_stages=1,
     )
@@ -250,6 +256,7 @@ def backward(
             C=shape.channels,
             AREA=patch_size**2,
             BLOCK=tile.pixels,
+            num_warps=_fold_warps(shape.channels),
             **FOLD_LAUNCH,
         )
 
@@ -344,9 +351,6 @@ def _partial_size(shape: Shape, tile: Tile) -> int:
 
 _TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-_STACK_BYTES: dict[tuple[int, bool], int] = {}
-"""Stack of a backward kernel's thread, which holds what it spills, by channels and precision."""
-
 _FLOAT32_ARGUMENTS = {
     *("vectors", "output_vector", "rgb_vectors", "table", "grad_h", "partials"),
     *("sums", "flat", "position", "grads"),
@@ -358,16 +362,14 @@ _INTEGER_ARGUMENTS = {
 
 
 def specialisations(capability: int) -> Iterator[Specialisation]:
-    """What `forward` and `backward` launch at patches of 16."""
-    for dtype in _TRITON_TYPES:
-        for channels in CHANNELS:
-            for blocks in (1, 3, MAX_BLOCKS):
-                shape = Shape(channels, blocks, 16, dtype)
-                yield from _forward_specialisations(shape, capability)
-            # Of these blocks, the first, one in between and the last; then a single one.
-            for blocks, block in ((3, 0), (3, 1), (3, 2), (1, 0)):
-                shape = Shape(channels, blocks, 16, dtype)
-                yield _backward_specialisation(shape, block, capability)
+    """What `forward` and `backward` launch at patches of 16, for every number of channels."""
+    for dtype, channels in itertools.product(_TRITON_TYPES, CHANNELS):
+        for blocks in (1, 3, MAX_BLOCKS):
+            yield from _forward_specialisations(Shape(channels, blocks, 16, dtype), capability)
+        # Of three blocks the first, the one in between and the last; then a single one.
+        for blocks, block in ((3, 0), (3, 1), (3, 2), (1, 0)):
+            yield _backward_specialisation(Shape(channels, blocks, 16, dtype), block, capability)
+        yield from _fold_specialisations(Shape(channels, 3, 16, dtype), capability)
 
 
 def _types(kernel: Any, constants: dict[str, Any], dtype: torch.dtype) -> dict[str, str]:
@@ -384,7 +386,7 @@ def _types(kernel: Any, constants: dict[str, Any], dtype: torch.dtype) -> dict[s
 
 def _forward_specialisations(shape: Shape, capability: int) -> Iterator[Specialisation]:
     tile = shape.forward_tile(capability)
-    constants = shape.forward_constants(tile, capability)
+    constants = shape.forward_constants(tile)
     roles: dict[str, dict[str, None]] = {"": {"inputs": None}}
     if shape.blocks > 1:
         roles |= {", keeping inputs": {}, ", inputs alone": {"velocity": None}}
@@ -416,9 +418,27 @@ def _backward_specialisation(shape: Shape, block: int, capability: int) -> Speci
         _types(backward_kernel, constants, shape.dtype),
         constants,
         num_warps=tile.warps,
-        stack_bytes=_STACK_BYTES.get((shape.channels, shape.half), 0),
+        stack_bytes=shape.stack_bytes(capability),
         tensor_cores=shape.half,
     )
+
+
+def _fold_specialisations(shape: Shape, capability: int) -> Iterator[Specialisation]:
+    sizes = {"NUM_BLOCKS": shape.blocks, "C": shape.channels, "AREA": shape.patch_size**2}
+    backward_sizes = sizes | {"BLOCK": shape.backward_tile(capability).pixels}
+    for direction, kernel, constants in (
+        ("", fold_kernel, sizes),
+        ("_backward", fold_backward_kernel, backward_sizes),
+    ):
+        constants |= {"ROWS": FOLD_LAUNCH["ROWS"]}
+        yield Specialisation(
+            f"pixel_decoder_fold{direction} {_name(shape)}",
+            kernel,
+            _types(kernel, constants, shape.dtype),
+            constants,
+            num_warps=_fold_warps(shape.channels),
+            stack_bytes=256 if direction else 0,
+        )
 
 
 def _name(shape: Shape) -> str:

@@ -1,4 +1,8 @@
-"""How the pixel decoder's Triton kernels cut their work, by size, dtype and GPU."""
+"""How the pixel decoder's Triton kernels cut their work, by size, dtype and GPU.
+
+The tables were found by compiling ahead of time (benchmarks/RECORDS.md has what was compared): no
+forward kernel spills a register, and the backward kernels spill what `stack_bytes` states.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,12 @@ import torch
 
 from deco_fast.kernels.pixel_decoder.gpu_kernels import MATRICES
 
+_SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024}
+"""Bytes that one program can have, by compute capability, where that is more than 99 KiB."""
+
+_OTHER_OPERANDS = 12 * 1024
+"""Shared memory that the forward kernel needs beside the matrices."""
+
 
 class Tile(NamedTuple):
     """How a kernel cuts its work."""
@@ -16,6 +26,9 @@ class Tile(NamedTuple):
     warps: int
     programs: int
     """Programs for each multiprocessor: as many as fit, for each takes tiles until none is left."""
+    hoist: bool = True
+    """Keep matrices loaded from tile to tile: of all blocks in the forward kernel, of its block in
+    the backward kernel."""
 
 
 _FORWARD = {
@@ -23,24 +36,36 @@ _FORWARD = {
     (16, True): Tile(64, 4, 4),
     (32, True): Tile(64, 4, 2),
     (64, True): Tile(64, 4, 1),
-    (16, False): Tile(64, 4, 2),
-    (32, False): Tile(16, 8, 1),
-    (64, False): Tile(16, 8, 1),
+    (16, False): Tile(64, 4, 2, hoist=False),
+    (32, False): Tile(16, 8, 1, hoist=False),
+    (64, False): Tile(16, 8, 1, hoist=False),
 }
+_STREAMED_FORWARD = {
+    16: Tile(64, 4, 4, False),
+    32: Tile(64, 4, 2, False),
+    64: Tile(32, 8, 2, False),
+}
+"""In half precision where not all matrices can stay loaded, by channels."""
+
 _BACKWARD = {
     (16, True): Tile(64, 4, 2),
     (32, True): Tile(64, 4, 2),
-    (64, True): Tile(64, 8, 1),
-    (16, False): Tile(32, 4, 2),
+    (64, True): Tile(32, 8, 1),
+    (16, False): Tile(16, 4, 4),
     (32, False): Tile(16, 8, 1),
     (64, False): Tile(16, 8, 1),
 }
+_SMALL_MEMORY_BACKWARD = {(64, True): Tile(16, 8, 1), (64, False): Tile(16, 8, 1, hoist=False)}
+"""Where a program can have 99 KiB of shared memory and no more."""
+_BLACKWELL_BACKWARD = {(32, True): Tile(64, 8, 1)}
+"""With products in tensor memory (sm_100), half as many values to a thread."""
 
-_SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Of one program, by compute capability; where it is not known, the least of these."""
+_STACK_BYTES: dict[tuple[int, int, bool], int] = {}
+"""By capability, channels, and whether in half precision."""
 
-_FORWARD_OPERANDS = 12 * 1024
-"""Shared memory that the forward kernel needs beside the matrices."""
+
+def _has_tensor_memory(capability: int) -> bool:
+    return capability // 10 in (10, 11)
 
 
 class Shape(NamedTuple):
@@ -58,24 +83,32 @@ class Shape(NamedTuple):
 
     def forward_tile(self, capability: int) -> Tile:
         """Of the forward kernel."""
-        return _FORWARD[self.channels, self.half]
+        tile = _FORWARD[self.channels, self.half]
+        matrices = self.blocks * MATRICES.value * self.channels**2 * self.dtype.itemsize
+        too_large = matrices + _OTHER_OPERANDS > _SHARED_MEMORY.get(capability, 99 * 1024)
+        # Each product that is written out has its own place in tensor memory, which holds 512
+        # columns: not enough for more than three blocks.
+        too_many = _has_tensor_memory(capability) and self.blocks > 3
+        if tile.hoist and (too_large or too_many):
+            return _STREAMED_FORWARD[self.channels]
+        return tile
 
     def backward_tile(self, capability: int) -> Tile:
         """Of the backward kernel."""
-        return _BACKWARD[self.channels, self.half]
+        key = self.channels, self.half
+        if _has_tensor_memory(capability) and key in _BLACKWELL_BACKWARD:
+            return _BLACKWELL_BACKWARD[key]
+        if capability not in _SHARED_MEMORY and key in _SMALL_MEMORY_BACKWARD:
+            return _SMALL_MEMORY_BACKWARD[key]
+        return _BACKWARD[key]
 
-    def forward_constants(
-        self, tile: Tile, capability: int, interpreted: bool = False
-    ) -> dict[str, Any]:
+    def stack_bytes(self, capability: int) -> int:
+        """Stack of a backward kernel's thread, which holds what it spills, at most."""
+        return _STACK_BYTES.get((capability, self.channels, self.half), 0)
+
+    def forward_constants(self, tile: Tile, interpreted: bool = False) -> dict[str, Any]:
         """The arguments that the forward kernel is compiled with."""
-        matrices = self.blocks * MATRICES.value * self.channels**2 * self.dtype.itemsize
-        available = _SHARED_MEMORY.get(capability, min(_SHARED_MEMORY.values()))
-        hoist = self.half and matrices + _FORWARD_OPERANDS <= available and (capability < 100 or self.blocks <= 3)
-        return {
-            "NUM_BLOCKS": self.blocks,
-            "HOIST": hoist,
-            **self._constants(tile, interpreted),
-        }
+        return {"NUM_BLOCKS": self.blocks, **self._constants(tile, interpreted)}
 
     def backward_constants(
         self, tile: Tile, block: int, interpreted: bool = False
@@ -92,5 +125,6 @@ class Shape(NamedTuple):
             "C": self.channels,
             "P": self.patch_size,
             "BLOCK": tile.pixels,
+            "HOIST": tile.hoist,
             "APPROXIMATE": self.half and not interpreted,
         }

@@ -23,7 +23,7 @@ OPS = sorted(path.parent.name for path in KERNELS.glob("*/gpu.py"))
 
 # The quick part compiles one kernel of each op, for the cards with the least shared memory; the
 # slow part what DeCo-XL trains with, on the paper's card and on Hopper. All of it takes half an
-# hour: make soak.
+# hour on two cores: make soak.
 QUICK = {
     (86, "flow_matching_loss fp32 and fp32"),
     (86, "pixel_decoder_forward bfloat16 C=32 blocks=3"),
@@ -34,9 +34,11 @@ SLOW = {
     for name in (
         "flow_matching_loss bf16 and fp32, weights and gradient",
         "flow_matching_loss fp32 and fp32, padded, weights and gradient",
-        "pixel_decoder_forward bfloat16 C=32 blocks=3",
-        "pixel_decoder_backward bfloat16 C=32 blocks=3",
-        "pixel_decoder_forward float32 C=32 blocks=3",
+        "pixel_decoder_forward bfloat16 C=32 blocks=3, keeping inputs",
+        "pixel_decoder_backward bfloat16 C=32 first block",
+        "pixel_decoder_backward bfloat16 C=32 middle block",
+        "pixel_decoder_backward bfloat16 C=32 last block",
+        "pixel_decoder_fold bfloat16 C=32",
     )
 }
 
