@@ -30,13 +30,25 @@ def fits(x: Tensor, tokens: Tensor, parameters: PixelDecoderParameters, patch_si
     )
 
 
+def _exceeds_shared_memory(tokens: Tensor, parameters: PixelDecoderParameters) -> bool:
+    """64 channels in float32 need more than the 99 KiB of, say, a GeForce RTX."""
+    if not tokens.is_cuda or tokens.dtype != torch.float32:
+        return False
+    if parameters.output_weight.shape[1] < 64:
+        return False
+    from deco_fast.kernels.pixel_decoder.gpu_tiles import fits_shared_memory
+
+    major, minor = torch.cuda.get_device_capability(tokens.device)
+    return not fits_shared_memory(64, torch.float32, 10 * major + minor)
+
+
 def pixel_decoder(
     x: Tensor, tokens: Tensor, parameters: PixelDecoderParameters, patch_size: int
 ) -> Tensor:
     """See `deco_fast.ops.pixel_decoder`.
 
-    Left to the reference: sizes and dtypes that the kernels are not made for (`fits`), and all
-    inside of `torch.func` transforms.
+    Left to the reference: sizes and dtypes that the kernels are not made for (`fits`), 64 channels
+    in float32 on GPUs with little shared memory, and all inside of `torch.func` transforms.
 
     The computation is in the dtype of the tokens, under autocast in that of autocast, and so is
     the velocity. The parameters stay as they are, so that no converted copy of them waits for the
@@ -47,6 +59,8 @@ def pixel_decoder(
     device_type = tokens.device.type
     if torch.is_autocast_enabled(device_type):
         tokens = tokens.to(torch.get_autocast_dtype(device_type))
+    if _exceeds_shared_memory(tokens, parameters):
+        return reference.pixel_decoder(x, tokens, parameters, patch_size)
     p = parameters
     small = [
         *(p.pixel_embedder_weight, p.pixel_embedder_bias, p.input_proj_weight, p.input_proj_bias),

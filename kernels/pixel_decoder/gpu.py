@@ -29,7 +29,7 @@ from deco_fast.kernels.pixel_decoder.gpu_kernels import (
     backward_kernel,
     forward_kernel,
 )
-from deco_fast.kernels.pixel_decoder.gpu_tiles import Shape, Tile
+from deco_fast.kernels.pixel_decoder.gpu_tiles import Shape, Tile, fits_shared_memory
 from deco_fast.kernels.registration import block_inputs_shape
 from deco_fast.kernels.specialisation import Specialisation
 
@@ -364,6 +364,8 @@ _INTEGER_ARGUMENTS = {
 def specialisations(capability: int) -> Iterator[Specialisation]:
     """What `forward` and `backward` launch at patches of 16, for every number of channels."""
     for dtype, channels in itertools.product(_TRITON_TYPES, CHANNELS):
+        if not fits_shared_memory(channels, dtype, capability):
+            continue
         for blocks in (1, 3, MAX_BLOCKS):
             yield from _forward_specialisations(Shape(channels, blocks, 16, dtype), capability)
         # Of three blocks the first, the one in between and the last; then a single one.

@@ -361,7 +361,6 @@ def backward_kernel(
     C: tl.constexpr,
     P: tl.constexpr,
     BLOCK: tl.constexpr,
-    HOIST: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):
     """Gradients of one block; the first block's with the input projections, the last one's with the
@@ -372,8 +371,7 @@ def backward_kernel(
     plane = patches.to(tl.int64) * (P * P)
     color = tl.arange(0, COLORS)
     dtype: tl.constexpr = y.dtype.element_ty
-    if HOIST:
-        block_matrices = _load_matrices(matrices, block, C)
+    block_matrices = _load_matrices(matrices, block, C)
 
     continued = first > 0
     partial = partials + program.to(tl.int64) * partial_size
@@ -409,9 +407,6 @@ def backward_kernel(
             h = _embed(x, offset, exists, plane, rgb_vectors, table_tile, C)
         else:
             h = tl.load(inputs + own_rows, mask=exists[:, None], other=0).to(tl.float32)
-        if not HOIST:
-            # The offset is 0, which the compiler must not know: it would load them before the loop.
-            block_matrices = _load_matrices(matrices + tl.minimum(tile, 0), block, C)
         block_vectors = _load_vectors(vectors, block, C)
 
         n, rstd = _normalise(h)

@@ -27,8 +27,7 @@ class Tile(NamedTuple):
     programs: int
     """Programs for each multiprocessor: as many as fit, for each takes tiles until none is left."""
     hoist: bool = True
-    """Keep matrices loaded from tile to tile: of all blocks in the forward kernel, of its block in
-    the backward kernel."""
+    """Of the forward kernel: keep the matrices of all blocks loaded from tile to tile."""
 
 
 _FORWARD = {
@@ -53,19 +52,26 @@ _BACKWARD = {
     (64, True): Tile(32, 8, 1),
     (16, False): Tile(16, 4, 4),
     (32, False): Tile(16, 8, 1),
-    (64, False): Tile(16, 8, 1),
+    (64, False): Tile(16, 16, 1),
 }
-_SMALL_MEMORY_BACKWARD = {(64, True): Tile(16, 8, 1), (64, False): Tile(16, 8, 1, hoist=False)}
+_SMALL_MEMORY_BACKWARD = {(64, True): Tile(16, 8, 1)}
 """Where a program can have 99 KiB of shared memory and no more."""
 _BLACKWELL_BACKWARD = {(32, True): Tile(64, 8, 1)}
 """With products in tensor memory (sm_100), half as many values to a thread."""
 
-_STACK_BYTES: dict[tuple[int, int, bool], int] = {}
-"""By capability, channels, and whether in half precision."""
+_STACK_BYTES = {(16, True): 64, (32, True): 128, (64, True): 64, (32, False): 256, (64, False): 640}
+_AMPERE_STACK_BYTES = {(32, True): 640}
+"""sm_80 and its kin hold the matrices of products in registers, and so spill them; elsewhere the
+matrices stay in shared memory."""
 
 
 def _has_tensor_memory(capability: int) -> bool:
     return capability // 10 in (10, 11)
+
+
+def fits_shared_memory(channels: int, dtype: torch.dtype, capability: int) -> bool:
+    """Whether the backward kernel's smallest tile fits into a GPU of this compute capability."""
+    return channels < 64 or dtype != torch.float32 or capability in _SHARED_MEMORY
 
 
 class Shape(NamedTuple):
@@ -104,11 +110,18 @@ class Shape(NamedTuple):
 
     def stack_bytes(self, capability: int) -> int:
         """Stack of a backward kernel's thread, which holds what it spills, at most."""
-        return _STACK_BYTES.get((capability, self.channels, self.half), 0)
+        key = self.channels, self.half
+        if capability < 90 and key in _AMPERE_STACK_BYTES:
+            return _AMPERE_STACK_BYTES[key]
+        return _STACK_BYTES.get(key, 0)
 
     def forward_constants(self, tile: Tile, interpreted: bool = False) -> dict[str, Any]:
         """The arguments that the forward kernel is compiled with."""
-        return {"NUM_BLOCKS": self.blocks, **self._constants(tile, interpreted)}
+        return {
+            "NUM_BLOCKS": self.blocks,
+            "HOIST": tile.hoist,
+            **self._constants(tile, interpreted),
+        }
 
     def backward_constants(
         self, tile: Tile, block: int, interpreted: bool = False
@@ -125,6 +138,5 @@ class Shape(NamedTuple):
             "C": self.channels,
             "P": self.patch_size,
             "BLOCK": tile.pixels,
-            "HOIST": tile.hoist,
             "APPROXIMATE": self.half and not interpreted,
         }
