@@ -9,7 +9,6 @@ import os
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +31,7 @@ class FeatureCache:
 
     A sample's features are written first and then marked with their checksum in a second file:
     what an interrupt or a power cut left half-written is not marked, or fails the check, and is
-    computed again. So any number of processes may share the folder. Instances survive being
-    copied into loader processes.
+    computed again. So any number of processes may share the folder, and threads an instance.
 
     Args:
         folder: where caches lie; each identity gets a folder of its own in it.
@@ -45,6 +43,7 @@ class FeatureCache:
     Attributes:
         path: the folder of this identity.
         size: bytes when full.
+        damaged: the samples whose features failed their check.
 
     Raises:
         UserError: it would be larger than `limit` or the disk, or cannot be written.
@@ -65,9 +64,10 @@ class FeatureCache:
         self.shape = shape
         self._entry = shape[0] * shape[1] * DTYPE.itemsize
         self.size = count * self._entry
+        self.damaged: set[int] = set()
         self._writable = True
-        # Shared with the loader processes, which are the ones that read.
-        self._damaged = torch.zeros(1, dtype=torch.int64).share_memory_()
+        if not hasattr(os, "preadv"):
+            raise UserError("alignment.cache needs Linux or macOS: leave it out")
         if self.size > limit:
             raise UserError(
                 f"alignment.cache would take {self.size / _GIB:.3g} GiB for {count:,} samples, "
@@ -79,6 +79,9 @@ class FeatureCache:
             for name, length in (("features", self.size), ("checksums", 4 * count)):
                 with (self.path / name).open("ab") as file:
                     file.truncate(length)
+            # Not mapped into memory: there a full disk or a file cut short kills the process.
+            self._features = os.open(self.path / "features", os.O_RDWR)
+            self._checksums = os.open(self.path / "checksums", os.O_RDWR)
             missing = self.size - 512 * (self.path / "features").stat().st_blocks
             free = shutil.disk_usage(self.path).free
         except OSError as error:
@@ -92,19 +95,29 @@ class FeatureCache:
                 f"{free / _GIB:.3g} GiB are free: choose another folder, or leave the cache out"
             )
 
+    def __del__(self) -> None:
+        for file in (getattr(self, "_features", None), getattr(self, "_checksums", None)):
+            if file is not None:
+                os.close(file)
+
     def read(self, index: int) -> Tensor | None:
         """The features of a sample, (tokens, channels) float16; None if they are not there.
 
-        Damaged ones count as absent, and `damaged` counts them.
+        Damaged ones count as absent.
         """
-        mark = int(self._checksums[index])
-        if mark == _UNWRITTEN:
-            return None
-        entry = self._features[index].copy()
-        if _checksum(entry) != mark:
-            if not self._damaged:
+        mark = np.zeros(1, np.uint32)
+        entry = np.zeros(self.shape, np.float16)
+        try:
+            os.preadv(self._checksums, [mark.data], index * mark.itemsize)
+            if mark[0] == _UNWRITTEN:
+                return None
+            os.preadv(self._features, [entry.data], index * self._entry)
+        except OSError:  # of the disk; what is read is then not what was written
+            mark[0] = _UNWRITTEN
+        if _checksum(entry) != mark[0]:
+            if not self.damaged:
                 _log.warning("alignment.cache %s is damaged: what is, is computed anew", self.path)
-            self._damaged += 1
+            self.damaged.add(index)
             return None
         return torch.from_numpy(entry)
 
@@ -116,12 +129,11 @@ class FeatureCache:
         if not self._writable:
             return
         entries = features.detach().to("cpu", DTYPE).contiguous().numpy()
-        features_file, checksums_file = self._handles
         try:
             for index, entry in zip(indices, entries, strict=True):
-                _write_all(features_file, entry.tobytes(), index * self._entry)
+                _write_all(self._features, entry.tobytes(), index * self._entry)
                 mark = np.uint32(_checksum(entry)).tobytes()
-                _write_all(checksums_file, mark, index * len(mark))
+                _write_all(self._checksums, mark, index * len(mark))
         except OSError as error:
             self._writable = False
             _log.warning(
@@ -131,33 +143,9 @@ class FeatureCache:
             )
 
     @property
-    def damaged(self) -> int:
-        """Entries that failed their check so far, in this process and its loaders."""
-        return int(self._damaged)
-
-    @property
     def filled(self) -> int:
         """Samples whose features are there."""
-        return int(np.count_nonzero(self._checksums))
-
-    @cached_property
-    def _features(self) -> np.memmap:
-        return np.memmap(self.path / "features", np.float16, "r", shape=(self.count, *self.shape))
-
-    @cached_property
-    def _checksums(self) -> np.memmap:
-        return np.memmap(self.path / "checksums", np.uint32, "r", shape=(self.count,))
-
-    @cached_property
-    def _handles(self) -> tuple[int, int]:
-        # Not through the mapping: a full disk would kill the process there.
-        files = (self.path / "features", self.path / "checksums")
-        return os.open(files[0], os.O_WRONLY), os.open(files[1], os.O_WRONLY)
-
-    def __getstate__(self) -> dict[str, object]:
-        # Handles and mappings belong to one process.
-        opened = ("_features", "_checksums", "_handles")
-        return {name: value for name, value in self.__dict__.items() if name not in opened}
+        return int(np.count_nonzero(np.fromfile(self.path / "checksums", np.uint32)))
 
 
 def _checksum(entry: np.ndarray) -> int:
