@@ -336,6 +336,14 @@ def test_too_much_damage_stops_a_run_and_names_it(
 
 
 @pytest.mark.parametrize("root", ["shards"], indirect=True)
+def test_a_damaged_shard_costs_a_run_its_images_only(root: Path, tmp_path: Path) -> None:
+    os.truncate(root / "10.tar", 2000)
+    assert train(root, tmp_path / "run", 3, "--data.max_damaged_share=0.5") == 0
+    first = (tmp_path / "run/damaged.txt").read_text().splitlines()[0]
+    assert first.startswith(f"{root / '10.tar'}: ends in the middle of 010.png")
+
+
+@pytest.mark.parametrize("root", ["shards"], indirect=True)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -363,27 +371,25 @@ def test_bad_data_options_are_one_line(
 @pytest.mark.slow
 @pytest.mark.parametrize("root", ["shards"], indirect=True)
 def test_two_processes_see_the_same_data_and_damage(root: Path, tmp_path: Path) -> None:
-    def launch(out: Path, processes: int, steps: int, *options: str) -> None:
-        result = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"),
-                *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "train.py", *TINY),
-                *(*data_options(root), f"--training.steps={steps}", "--data.workers=1"),
-                *("--device=cpu", f"--out={out}", *options),
-            ],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert result.returncode == 0, result.stderr
-
-    states = []
-    for processes in (1, 2):
-        out = tmp_path / f"processes-{processes}"
-        launch(out, processes, 6)
-        states.append(load_training_state(out / "checkpoints/step-00000006")["loader"])
-        assert (out / "damaged.txt").read_text().count("\n") == len(DAMAGED)
+    assert train(root, tmp_path / "one", 6) == 0
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
+            *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "train.py", *TINY),
+            *(*data_options(root), "--training.steps=6", "--data.workers=1"),
+            *("--device=cpu", f"--out={tmp_path / 'two'}"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    states = [
+        load_training_state(tmp_path / name / "checkpoints/step-00000006")["loader"]
+        for name in ("one", "two")
+    ]
+    assert (tmp_path / "two/damaged.txt").read_text().count("\n") == len(DAMAGED)
     # Each process read half of the samples; together they know of all damage.
     assert states[0] == states[1] and states[0]["damaged"] == list(DAMAGED)

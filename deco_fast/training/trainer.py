@@ -205,4 +205,5 @@ class Trainer:
 
     def _report_damaged(self) -> None:
         if self.dataset.damage is not None and (names := self.dataset.damage.names()):
-            print(f"{len(names)} damaged images were skipped, {names[0]} first: see damaged.txt")
+            listed = self.folder.path / "damaged.txt"
+            print(f"{len(names)} damaged files were skipped and listed in {listed}")
