@@ -87,6 +87,7 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 # --- order ----------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 3])
 def test_batches_do_not_depend_on_the_workers(root: Path, workers: int) -> None:
     alone, shared = open_images(root), open_images(root)
@@ -165,38 +166,63 @@ def test_a_worker_that_dies_ends_the_run(root: Path) -> None:
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("root", ["shards"], indirect=True)
-def test_workers_end_with_a_killed_main_process(root: Path) -> None:
+def run_main(root: Path, body: str) -> subprocess.CompletedProcess[str]:
+    """A main process of its own that has started two workers and says which."""
     script = f"""
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {str(ROOT / "tests")!r})
-from test_loader import EpochBatches, open_images, read_batches
+import os, signal
+from multiprocessing import active_children
+from deco_fast.data import EpochBatches, ImageDataset, ShardImages, read_batches
 if __name__ == "__main__":
-    dataset = open_images(Path({str(root)!r}))
+    dataset = ImageDataset(ShardImages({str(root)!r}), 16, 16, max_damaged_share=0.2)
     stream = read_batches(dataset, EpochBatches(len(dataset), 6, 1), workers=2)
     next(stream)
-    from multiprocessing import active_children
     print(*(child.pid for child in active_children()), flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
+    {body}
 """
     file = root / "main.py"
     file.write_text(script)
-    process = subprocess.run(
+    return subprocess.run(
         [sys.executable, str(file)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
     )
-    assert process.returncode == -signal.SIGKILL, process.stderr
-    workers = [int(number) for number in process.stdout.split()]
-    assert len(workers) == 2
+
+
+def wait_for_the_end_of(workers: str) -> None:
+    numbers = [int(number) for number in workers.split()]
+    assert len(numbers) == 2
     deadline = time.monotonic() + 60
-    while any(map(is_running, workers)) and time.monotonic() < deadline:
+    while any(map(is_running, numbers)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(is_running, workers))
+    assert not any(map(is_running, numbers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("root", ["shards"], indirect=True)
+def test_workers_end_with_a_killed_main_process(root: Path) -> None:
+    process = run_main(root, "os.kill(os.getpid(), signal.SIGKILL)")
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    wait_for_the_end_of(process.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("root", ["shards"], indirect=True)
+def test_workers_live_through_a_signal_to_all_processes(root: Path) -> None:
+    """As a scheduler or torchrun sends it: the main process decides when to stop."""
+    signals = "for number in (signal.SIGTERM, signal.SIGINT):"
+    process = run_main(
+        root,
+        f"""{signals}
+        signal.signal(number, signal.SIG_IGN)
+        os.killpg(0, number)
+    for _ in range(20):
+        next(stream)""",
+    )
+    assert process.returncode == 0, process.stderr
+    wait_for_the_end_of(process.stdout)
 
 
 def is_running(process: int) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,6 +21,9 @@ from deco_fast.data.damage import DamageRecord
 from deco_fast.data.order import EpochBatches
 from deco_fast.data.transforms import normalise
 from deco_fast.errors import UserError
+
+# For the main process to make its last step after a SIGTERM to all.
+_RESPITE_SECONDS = 30
 
 
 class Batch(NamedTuple):
@@ -94,35 +100,52 @@ def read_batches(
         pin_memory=device.type == "cuda",
         worker_init_fn=_start_worker,
     )
+    others = set(multiprocessing.active_children())
     batches = iter(loader)
-    failure = ""
-    while True:
-        try:
-            images, labels, indices = next(batches)
-        except UserError as error:
-            # From a worker the message comes wrapped in that worker's traceback.
-            failure = str(error).rsplit("UserError: ", 1)[-1].strip()
-            error.with_traceback(None)
-        except (RuntimeError, OSError, EOFError) as error:
-            # A batch that was ready comes through a connection to the worker, which then breaks.
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            failure = (
-                f"a loader process has died ({error}): its memory may have run out; lower "
-                "data.workers or data.prefetch, or give a container more shared memory"
+    with _killed_at_exit(set(multiprocessing.active_children()) - others):
+        while True:
+            failure = ""
+            try:
+                images, labels, indices = next(batches)
+            except UserError as error:
+                # From a worker the message comes wrapped in that worker's traceback.
+                failure = str(error).rsplit("UserError: ", 1)[-1].strip()
+                error.with_traceback(None)
+            except (RuntimeError, OSError, EOFError) as error:
+                # A batch that was ready comes through a connection to the worker, which breaks.
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                    raise
+                failure = (
+                    f"a loader process has died ({error}): its memory may have run out; lower "
+                    "data.workers or data.prefetch, or give a container more shared memory"
+                )
+                error.with_traceback(None)
+            if failure:
+                # Here and without the tracebacks, which would keep the workers until the garbage
+                # collector finds them: they take ten seconds to end then.
+                del batches
+                raise UserError(failure)
+            images = images.to(device, non_blocking=True)
+            yield Batch(
+                normalise(images) if images.dtype == torch.uint8 else images,
+                labels.to(device, non_blocking=True),
+                indices,
             )
-            error.with_traceback(None)
-        if failure:
-            # Here and without the tracebacks, which would keep the workers until the garbage
-            # collector finds them: they take ten seconds to end then.
-            del batches
-            raise UserError(failure)
-        images = images.to(device, non_blocking=True)
-        yield Batch(
-            normalise(images) if images.dtype == torch.uint8 else images,
-            labels.to(device, non_blocking=True),
-            indices,
-        )
+
+
+@contextmanager
+def _killed_at_exit(workers: Collection[BaseProcess]) -> Iterator[None]:
+    """Should Python end inside, it would send workers a SIGTERM, which they survive, and wait."""
+
+    def kill() -> None:
+        for worker in workers:
+            worker.kill()
+
+    atexit.register(kill)
+    try:
+        yield
+    finally:
+        atexit.unregister(kill)
 
 
 class _Indexed(Dataset[tuple[Tensor, int, int]]):
@@ -141,14 +164,17 @@ def _context() -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # Imported once by the server, not again by every worker.
-    context.set_forkserver_preload(["__main__", "deco_fast.data"])
+    context.set_forkserver_preload(["__main__", "deco_fast.data.worker_server"])
     return context
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal: loaders must live until the main process
-    # has saved and ends them.
+    # Ctrl-C reaches every process of the terminal, and a scheduler's SIGTERM every process of the
+    # run: workers must live until the main process has saved and ends them. It does so by SIGTERM
+    # too if one does not answer, hence a respite and no deafness.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # not on Windows, which has no SIGTERM either
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_RESPITE_SECONDS))
     # torch's own watch looks at the parent's number, here the fork server's, which lives as long
     # as a worker does: after a kill -9 of the main process all of them would stay.
     threading.Thread(target=_follow_main_process, daemon=True).start()
