@@ -231,6 +231,8 @@ def test_the_estimate_counts_what_b14_computes() -> None:
     with FlopCounterMode(display=False) as counter:
         encoder(torch.zeros(1, 3, 256, 256, device="meta"))
     assert estimate(load_config("c2i_l_256")).encoder_flops == counter.get_total_flops()
+    cached = load_config("c2i_l_256", ["--alignment.cache=features"])
+    assert estimate(cached).encoder_flops == 0
 
 
 @pytest.mark.slow

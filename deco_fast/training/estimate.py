@@ -50,7 +50,7 @@ class Estimate:
             and what autocast copies of them.
         activation_bytes: kept for the backward pass, per image.
         projector_parameters: of REPA's projector, which is trained beside the network.
-        encoder_flops: of REPA's frozen encoder, counted as DINOv2-B, per image.
+        encoder_flops: of REPA's frozen encoder, counted as DINOv2-B, per image; 0 with a cache.
     """
 
     parameters: int
@@ -98,7 +98,9 @@ def estimate(config: RunConfig) -> Estimate:
     per_image = twice.kept - once.kept
     projector = objective.projector
     projector_parameters = sum(p.numel() for p in projector.parameters()) if projector else 0
-    encoder_flops = _DINOV2_B.flops(_tokens(config)) if projector else 0
+    # From a cache its features are read.
+    computed = projector is not None and config.alignment.cache is None
+    encoder_flops = _DINOV2_B.flops(_tokens(config)) if computed else 0
     parameters = sum(p.numel() for p in model.parameters())
     return Estimate(
         parameters=parameters,
