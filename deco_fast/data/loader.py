@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -104,33 +104,40 @@ def read_batches(
     batches = iter(loader)
     with _killed_at_exit(set(multiprocessing.active_children()) - others):
         while True:
-            failure = ""
-            try:
-                images, labels, indices = next(batches)
-            except UserError as error:
-                # From a worker the message comes wrapped in that worker's traceback.
-                failure = str(error).rsplit("UserError: ", 1)[-1].strip()
-                error.with_traceback(None)
-            except (RuntimeError, OSError, EOFError) as error:
-                # A batch that was ready comes through a connection to the worker, which breaks.
-                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                    raise
-                failure = (
-                    f"a loader process has died ({error}): its memory may have run out; lower "
-                    "data.workers or data.prefetch, or give a container more shared memory"
-                )
-                error.with_traceback(None)
-            if failure:
-                # Here and without the tracebacks, which would keep the workers until the garbage
-                # collector finds them: they take ten seconds to end then.
+            read = _next(batches)
+            if isinstance(read, str):
                 del batches
-                raise UserError(failure)
+                raise UserError(read)
+            images, labels, indices = read
             images = images.to(device, non_blocking=True)
             yield Batch(
                 normalise(images) if images.dtype == torch.uint8 else images,
                 labels.to(device, non_blocking=True),
                 indices,
             )
+
+
+def _next(batches: Iterator[Sequence[Tensor]]) -> Sequence[Tensor] | str:
+    """The next batch, or why there is none.
+
+    No error leaves, and its traceback is cut: it would keep the workers until the garbage
+    collector finds them, and then they take ten seconds to end.
+    """
+    try:
+        return next(batches)
+    except UserError as error:
+        error.with_traceback(None)
+        # From a worker the message comes wrapped in that worker's traceback.
+        return str(error).rsplit("UserError: ", 1)[-1].strip()
+    except (RuntimeError, OSError, EOFError) as error:
+        # A batch that was ready comes through a connection to the worker, which breaks.
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        error.with_traceback(None)
+        return (
+            f"a loader process has died ({error}): its memory may have run out; lower "
+            "data.workers or data.prefetch, or give a container more shared memory"
+        )
 
 
 @contextmanager
