@@ -18,7 +18,6 @@ from benchmarks.memory import peak_memory, saved_for_backward
 from benchmarks.timing import Turns
 from benchmarks.variants import FLOAT32, REFERENCE, Precision, Variant, variants
 from benchmarks.work import Work
-from deco_fast import ops
 
 # Relative error against the float32 reference above which a variant is wrong and not just rounded.
 FLOAT32_TOLERANCE = 1e-4
@@ -259,7 +258,7 @@ class Compare:
 
 def _runner(variant: Variant, subject: Subject) -> Callable[[], dict[str, Tensor]]:
     def run() -> dict[str, Tensor]:
-        with ops.use_backend(variant.backend):
+        with variant.environment():
             return subject.run()
 
     return run

@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from deco_fast.models.config import DeCoConfig
+
+TRIAL_CONFIG = DeCoConfig(hidden_size=32, depth=1, num_heads=2, patch_size=8, decoder_depth=1)
+"""A tiny network, to see that the suite works."""
+
 
 @torch.no_grad()
 def randomize(module: nn.Module, seed: int = 0) -> None:

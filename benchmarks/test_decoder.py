@@ -6,27 +6,44 @@ import pytest
 import torch
 
 from benchmarks.comparison import Compare, Subject
-from benchmarks.inputs import normal, randomize
+from benchmarks.inputs import TRIAL_CONFIG, normal, randomize
+from benchmarks.machine import Machine
 from benchmarks.settings import Settings
-from benchmarks.variants import AUTOCAST, BFLOAT16, FLOAT32, Precision, Variant
+from benchmarks.variants import (
+    AUTOCAST,
+    BFLOAT16,
+    FLOAT32,
+    Precision,
+    Variant,
+    limited_variants,
+    variants,
+)
 from benchmarks.work import Images, decoder_work
-from deco_fast.models.config import DeCoConfig
 from deco_fast.models.decoder import PixelDecoder
 from deco_fast.models.presets import PRESETS
-
-TRIAL_CONFIG = DeCoConfig(hidden_size=32, depth=1, num_heads=2, patch_size=8, decoder_depth=1)
 
 
 @pytest.mark.parametrize("precisions", [(FLOAT32,), (AUTOCAST, BFLOAT16)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
 def test_decoder(
-    compare: Compare, settings: Settings, precisions: tuple[Precision, ...], backward: bool
+    compare: Compare,
+    settings: Settings,
+    machine: Machine,
+    precisions: tuple[Precision, ...],
+    backward: bool,
 ) -> None:
     preset = PRESETS["deco-xl"]
     config = TRIAL_CONFIG if settings.trial else preset.config
     side = 32 if settings.trial else preset.card.height
     images = Images(settings.batch, side, side)
     length = images.tokens(config.patch_size)
+
+    # What the C++ kernels are without AVX-512, and without a matrix unit.
+    lesser = "avx2" if precisions == (FLOAT32,) else "avx512_bf16"
+    rows = {
+        **variants(machine, ("pixel_decoder",), precisions, compile_fused=False),
+        **limited_variants(machine, "pixel_decoder", precisions, lesser),
+    }
 
     def build(variant: Variant) -> Subject:
         device, dtype = settings.device, variant.precision.dtype
@@ -70,4 +87,5 @@ def test_decoder(
         work=decoder_work(config, images, backward, precisions[0].compute_dtype.itemsize),
         backward=backward,
         compile_fused=False,
+        rows=rows,
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from benchmarks.machine import Machine
@@ -44,18 +45,21 @@ class Variant:
         compiled: by torch.compile.
         precision: of weights and inputs.
         part: what stands in for the task as the reference does it, where that is more than ops.
+        instruction_set: the highest that our C++ kernels may use; torch's libraries are free.
     """
 
     backend: str
     compiled: bool
     precision: Precision
     part: str | None = None
+    instruction_set: str | None = None
 
     @property
     def name(self) -> str:
         """For people: backend or part, way of running, precision."""
         way = "torch.compile" if self.compiled else "eager"
-        return f"{self.part or self.backend}, {way}, {self.precision.label}"
+        limit = f" limited to {self.instruction_set}" if self.instruction_set else ""
+        return f"{self.part or self.backend}{limit}, {way}, {self.precision.label}"
 
     @property
     def is_baseline(self) -> bool:
@@ -70,6 +74,17 @@ class Variant:
         if not self.compiled:
             return function
         return torch.compile(function, fullgraph=True, dynamic=False)
+
+    @contextmanager
+    def environment(self) -> Iterator[None]:
+        """The backend and the instruction set, for the time of a call."""
+        with ops.use_backend(self.backend):
+            if self.instruction_set is None:
+                yield
+                return
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("DECO_ISA", self.instruction_set)
+                yield
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """The context that the forward runs in."""
@@ -106,3 +121,26 @@ def variants(
             if backend == REFERENCE or compile_fused:
                 rows[Variant(backend, True, precision)] = missing or machine.no_compiler
     return rows
+
+
+def limited_variants(
+    machine: Machine, op: str, precisions: Sequence[Precision], instruction_set: str
+) -> dict[Variant, str | None]:
+    """The C++ backend as it runs on a lesser processor, where this one's can do more."""
+    if machine.device.type != "cpu" or ops.backends()[op]["cpp"] is not None:
+        return {}
+    from deco_fast import _C
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DECO_ISA", "")
+            best = _C.instruction_set()
+            patch.setenv("DECO_ISA", instruction_set)
+            if _C.instruction_set() == best:
+                return {}
+    except ValueError:  # this one can do less
+        return {}
+    return {
+        Variant("cpp", False, precision, instruction_set=instruction_set): None
+        for precision in precisions
+    }

@@ -385,6 +385,25 @@ def test_a_backend_joins_when_it_is_available(monkeypatch: pytest.MonkeyPatch) -
     assert rows(compile_fused=False)["cpp, eager, fp32"] == "b: not built"
 
 
+def test_a_limited_variant_runs_with_fewer_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = pytest.importorskip("deco_fast._C", reason="the C++ extension is not built")
+    monkeypatch.delenv("DECO_ISA", raising=False)
+    best = extension.instruction_set()
+    machine = SimpleNamespace(device=CPU)
+    limited = variants.limited_variants(machine, "pixel_decoder", (FLOAT32,), "baseline")  # type: ignore[arg-type]
+    if best == "baseline":
+        assert not limited
+        return
+    ((variant, reason),) = limited.items()
+    assert reason is None
+    assert variant.name == "cpp limited to baseline, eager, fp32"
+    assert not variant.is_baseline
+    with variant.environment():
+        assert extension.instruction_set() == "baseline"
+    assert extension.instruction_set() == best
+    assert not variants.limited_variants(machine, "pixel_decoder", (FLOAT32,), best)  # type: ignore[arg-type]
+
+
 def test_all_weights_matter_to_the_results_that_are_compared() -> None:
     model = DeCo(SMALL)
     randomize(model)
