@@ -30,7 +30,6 @@ from deco_fast.models.presets import PRESETS
 PUBLISHED_IMAGES_PER_SECOND = 32 / 0.24
 
 BATCH, PREFETCH = 16, 2
-TIMED_BATCHES = 8
 
 
 def photograph(seed: int) -> bytes:
@@ -73,9 +72,10 @@ class PlainFolder(Dataset[tuple[Tensor, int]]):
 
 
 class Stream:
-    """Batches that one worker process reads, and the CPU time it has taken."""
+    """`count` batches at a time that one worker process reads, and the CPU time it has taken."""
 
-    def __init__(self, batches: Callable[[], Iterator[Tensor]]) -> None:
+    def __init__(self, batches: Callable[[], Iterator[Tensor]], count: int) -> None:
+        self._count = count
         before = set(multiprocessing.active_children())
         self._batches = batches()
         self.first = next(self._batches)
@@ -84,7 +84,7 @@ class Stream:
 
     def __call__(self) -> None:
         """Have the worker read so many batches as are taken, no more and no fewer."""
-        for _ in range(TIMED_BATCHES):
+        for _ in range(self._count):
             next(self._batches)
         self.settle()
 
@@ -144,10 +144,11 @@ def test_loader(
         batches = read_batches(dataset, order, workers=1, prefetch=PREFETCH)
         return (batch.images for batch in batches)
 
+    timed = 1 if settings.trial else 8
     streams = {
-        "plain DataLoader, folder": Stream(plain),
-        "deco_fast, folder": Stream(lambda: ours(FolderImages(folder))),
-        "deco_fast, shards": Stream(lambda: ours(ShardImages(str(shards)))),
+        "plain DataLoader, folder": Stream(plain, timed),
+        "deco_fast, folder": Stream(lambda: ours(FolderImages(folder)), timed),
+        "deco_fast, shards": Stream(lambda: ours(ShardImages(str(shards))), timed),
     }
     expected = streams["plain DataLoader, folder"].first
     assert torch.equal(streams["deco_fast, folder"].first, expected), "the pixels differ"
@@ -157,7 +158,7 @@ def test_loader(
     benchmark.pedantic(turns.round, rounds=rounds)
 
     # A floor of this library: what Pillow takes to decode the same files out of memory.
-    images_timed = TIMED_BATCHES * BATCH
+    images_timed = timed * BATCH
     decoding = min(_seconds_to_decode(contents) for _ in range(3)) / count * images_timed
     in_pixels = 3 * size * size
     gpu_rate = PUBLISHED_IMAGES_PER_SECOND * _work_per_image(256) / _work_per_image(size)

@@ -136,7 +136,7 @@ class _Members:
     def _check_gap(self, start: int, stop: int) -> None:
         """Between archives that were joined there are only zeros."""
         while start < stop:
-            block = os.pread(self._file.fileno(), min(stop - start, 2**20), start)
+            block = _read(self._file, start, min(stop - start, 2**20))
             if not block or block.strip(b"\0"):
                 self._note(f"has a damaged header near byte {start}")
                 return
@@ -173,7 +173,7 @@ def _label(file: IO[bytes], contents: dict[str, tuple[int, int]]) -> int:
         offset, size = contents.get(field, (0, 0))
         if not 0 < size <= _MAX_LABEL_BYTES:
             continue
-        text = os.pread(file.fileno(), size, offset)
+        text = _read(file, offset, size)
         try:
             if field == "cls":
                 return max(int(text), -1)
@@ -184,6 +184,12 @@ def _label(file: IO[bytes], contents: dict[str, tuple[int, int]]) -> int:
         except (ValueError, AttributeError):
             continue
     return -1
+
+
+def _read(file: IO[bytes], offset: int, size: int) -> bytes:
+    """Part of a file that tarfile is reading, too: it goes back to where it was by itself."""
+    file.seek(offset)
+    return file.read(size)
 
 
 def _load(kept: Path, identity: str) -> ShardIndex | None:

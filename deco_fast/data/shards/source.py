@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -112,7 +113,9 @@ class ShardImages:
         """
         shard = int(np.searchsorted(self._ends, index, side="right"))
         size, offset = int(self._sizes[index]), int(self._offsets[index])
-        content = os.pread(self._files.descriptor(self.shards[shard]), size, offset)
+        file = self._files.open(self.shards[shard])
+        file.seek(offset)
+        content = file.read(size)
         if len(content) < size:
             raise OSError(f"{self.shards[shard]} has become shorter since the run began")
         return content
@@ -206,24 +209,24 @@ def _missing(counts: Sequence[int], damaged: Sequence[int]) -> int:
 
 
 class _OpenFiles:
-    """File descriptors of the shards read last; each process opens its own."""
+    """The shards read last, open; each process opens its own."""
 
     def __init__(self) -> None:
-        self._descriptors: OrderedDict[Path, int] = OrderedDict()
+        self._files: OrderedDict[Path, BinaryIO] = OrderedDict()
 
-    def descriptor(self, path: Path) -> int:
-        """An open descriptor of `path`, valid until `_OPEN_SHARDS` others have been asked for."""
-        if path in self._descriptors:
-            self._descriptors.move_to_end(path)
-            return self._descriptors[path]
-        if len(self._descriptors) >= _OPEN_SHARDS:
-            os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        return self._descriptors[path]
+    def open(self, path: Path) -> BinaryIO:
+        """A file that stays open until `_OPEN_SHARDS` others have been asked for."""
+        if path in self._files:
+            self._files.move_to_end(path)
+            return self._files[path]
+        if len(self._files) >= _OPEN_SHARDS:
+            self._files.popitem(last=False)[1].close()
+        self._files[path] = path.open("rb")
+        return self._files[path]
 
-    def __getstate__(self) -> dict[str, OrderedDict[Path, int]]:
-        return {"_descriptors": OrderedDict()}
+    def __getstate__(self) -> dict[str, OrderedDict[Path, BinaryIO]]:
+        return {"_files": OrderedDict()}
 
     def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+        for file in self._files.values():
+            file.close()
