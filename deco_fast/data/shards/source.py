@@ -7,7 +7,7 @@ import logging
 import os
 import statistics
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -137,7 +137,8 @@ def index_share(
         UserError: as `find_shards`; a shard cannot be read.
     """
     folder = None if index_folder is None else Path(index_folder)
-    _indices(find_shards(root)[rank::world_size], folder)
+    for _ in _indices(find_shards(root)[rank::world_size], folder):
+        pass
 
 
 class _Images:
@@ -166,7 +167,9 @@ class _Images:
         ]
 
 
-def _indices(shards: Sequence[Path], folder: Path | None) -> list[ShardIndex]:
+def _indices(shards: Sequence[Path], folder: Path | None) -> Iterator[ShardIndex]:
+    """The index of each shard, one at a time in memory."""
+
     def index(shard: Path) -> ShardIndex:
         try:
             try:
@@ -182,15 +185,13 @@ def _indices(shards: Sequence[Path], folder: Path | None) -> list[ShardIndex]:
     try:
         bar = tqdm(total=len(shards), desc="indexing", unit="shard", delay=2, leave=False)
         with bar:
-            found = []
             for each in pool.map(index, shards):
-                found.append(each)
+                yield each
                 bar.update()
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt shall not wait for a thousand shards
     if warnings:
         _log.warning("%s; set data.index_folder to keep the index of the shards", warnings[0])
-    return found
 
 
 def _kept_at(shard: Path, folder: Path | None) -> Path:
