@@ -13,6 +13,8 @@ import pytest
 from benchmarks.comparison import Comparison, Row
 
 FORMATS = (".json", ".md")
+_WORDS = ("variant", "remark", "task", "best baseline", "deco_fast")
+"""Columns that begin at the left, other than those of numbers."""
 
 
 def _unless_none(value: float | None, form: str, factor: float = 1.0) -> str:
@@ -55,17 +57,13 @@ def markdown_table(rows: Sequence[dict[str, str]]) -> str:
 
     def line(cells: dict[str, str]) -> str:
         padded = (
-            cells[name].ljust(widths[name])
-            if name in ("variant", "remark")
-            else cells[name].rjust(widths[name])
+            cells[name].ljust(widths[name]) if name in _WORDS else cells[name].rjust(widths[name])
             for name in columns
         )
         return f"| {' | '.join(padded)} |".rstrip()
 
     rule = {
-        name: "-" * widths[name]
-        if name in ("variant", "remark")
-        else "-" * (widths[name] - 1) + ":"
+        name: "-" * widths[name] if name in _WORDS else "-" * (widths[name] - 1) + ":"
         for name in columns
     }
     return "\n".join([line({name: name for name in columns}), line(rule), *map(line, rows)])

@@ -98,7 +98,7 @@ class SamplingEngine:
         self._compiled = compile
         self._run_step, self._run_decode, self._run_move = self._step, self._decode, self._move
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
-        with torch.inference_mode():
+        with torch.no_grad():
             self._prepare(table_bytes)
             if fp8:
                 to_fp8(self._blocks)
