@@ -643,6 +643,7 @@ def test_there_and_back(tmp_path: Path) -> None:
 def test_a_published_file_to_ours(tmp_path: Path, ckpt: Path) -> None:
     notes = convert(ckpt, tmp_path / "ours")
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == [
+        "checksums.json",
         "ema.safetensors",
         "model.safetensors",
         "projector.safetensors",
@@ -665,6 +666,7 @@ def test_one_network_alone(tmp_path: Path) -> None:
     notes = convert(ckpt, tmp_path / "ours")
     assert any("not in" in note and "'model'" in note for note in notes)
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == [
+        "checksums.json",
         "ema.safetensors",
         "projector.safetensors",
     ]
