@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from deco_fast.kernels import tuning
 from deco_fast.kernels.pixel_decoder.folding import RGB, position_features
 from deco_fast.kernels.pixel_decoder.fused import CHANNELS, MAX_BLOCKS, PATCH_SIZES
 from deco_fast.kernels.pixel_decoder.gpu_folding import fold_backward_kernel, fold_kernel
@@ -174,11 +175,31 @@ def forward(
     inputs = y.new_empty(block_inputs_shape(y, small, keep_inputs))
     with torch.cuda.device_of(x):
         folded = _Folded.of(_flat(small), shape)
-        _launch_forward(
-            *(x, tokens, y, velocity, inputs, folded, shape),
-            range(y.numel() // shape.channels),
-        )
+        pixels = range(y.numel() // shape.channels)
+
+        def run(tile: Tile) -> None:
+            _launch_forward(x, tokens, y, velocity, inputs, folded, shape, pixels, tile)
+
+        candidates = shape.forward_candidates(_capability(x.device))
+        kept = ", keeping inputs" if inputs.numel() > 0 else ""
+        run(_choose(f"forward{kept}", shape, x, candidates, run))
     return velocity, y, inputs
+
+
+def _choose(
+    direction: str,
+    shape: Shape,
+    x: Tensor,
+    candidates: list[Tile],
+    run: Callable[[Tile], object],
+) -> Tile:
+    """The table's tile, or with DECO_AUTOTUNE=1 the fastest; a graph under capture has no time."""
+    if _interpreted(x.device) or not tuning.is_on() or torch.cuda.is_current_stream_capturing():
+        return candidates[0]
+    # Pixels to the next power of two: much the same work has the same best tile.
+    pixels = 2 ** (x[:, 0].numel() - 1).bit_length()
+    problem = f"pixel_decoder {direction}, {shape}, {pixels} pixels"
+    return tuning.fastest(problem, torch.cuda.get_device_name(x.device), candidates, run)
 
 
 def _launch_forward(
@@ -190,10 +211,9 @@ def _launch_forward(
     folded: _Folded,
     shape: Shape,
     pixels: range,
+    tile: Tile,
 ) -> None:
     """The forward kernel for a range of pixels; `inputs` is written if it has any."""
-    capability = _capability(x.device)
-    tile = shape.forward_tile(capability)
     work = _Work.cut(x, tokens, shape, tile)
     forward_kernel[(work.programs,)](
         x,
@@ -240,11 +260,17 @@ def backward(
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x_grad else None
     grad_y = torch.empty_like(y)
     with torch.cuda.device_of(x):
-        sums, tile = _launch_backward(
-            grad_velocity.contiguous(),
-            *(x.contiguous(), tokens, y, inputs, grad_x, grad_y),
-            *(_Folded.of(flat, shape), shape),
-        )
+        folded = _Folded.of(flat, shape)
+        grad_velocity, x = grad_velocity.contiguous(), x.contiguous()
+
+        def run(tile: Tile) -> Tensor:
+            return _launch_backward(
+                grad_velocity, x, tokens, y, inputs, grad_x, grad_y, folded, shape, tile
+            )
+
+        candidates = shape.backward_candidates(_capability(x.device))
+        tile = _choose("backward", shape, x, candidates, run)
+        sums = run(tile)
         grad_flat = torch.empty_like(flat)
         fold_backward_kernel[(shape.blocks + 1,)](
             sums,
@@ -280,15 +306,15 @@ def _launch_backward(
     grad_y: Tensor,
     folded: _Folded,
     shape: Shape,
-) -> tuple[Tensor, Tile]:
+    tile: Tile,
+) -> Tensor:
     """The backward kernel for all tiles and blocks.
 
     Returns:
         The sums for the parameters, added up over programs whose tiles lie at the same place of
-        their patches, and the tile.
+        their patches.
     """
-    capability = _capability(x.device)
-    tile = shape.backward_tile(capability)
+    forward_tile = shape.forward_tile(_capability(x.device))
     work = _Work.cut(x, tokens, shape, tile)
     partials = x.new_empty((work.programs, _partial_size(shape, tile)), dtype=torch.float32)
     for pixels in _shares(y.numel() // shape.channels, shape.patch_size):
@@ -297,7 +323,7 @@ def _launch_backward(
             own_inputs = inputs[:, pixels.start : pixels.stop]
         elif shape.blocks > 1:
             own_inputs = y.new_empty((shape.blocks - 1, len(pixels), shape.channels))
-            _launch_forward(x, tokens, y, None, own_inputs, folded, shape, pixels)
+            _launch_forward(x, tokens, y, None, own_inputs, folded, shape, pixels, forward_tile)
         first, end = pixels.start // tile.pixels, triton.cdiv(pixels.stop, tile.pixels)
         grad_h = None
         if shape.blocks > 1:
@@ -331,7 +357,7 @@ def _launch_backward(
                 num_warps=tile.warps,
                 num_stages=1,
             )
-    return partials.unflatten(0, (-1, work.tiles_per_patch)).sum(0), tile
+    return partials.unflatten(0, (-1, work.tiles_per_patch)).sum(0)
 
 
 def _shares(pixels: int, patch_size: int) -> Iterator[range]:

@@ -6,6 +6,7 @@ forward kernel spills a register, and the backward kernels spill what `stack_byt
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,18 @@ def _has_tensor_memory(capability: int) -> bool:
     return capability // 10 in (10, 11)
 
 
+def _around(tile: Tile) -> list[Tile]:
+    """The tile first, then others with half to twice its pixels and warps."""
+    pixels = {max(16, tile.pixels // 2), tile.pixels, tile.pixels * 2}
+    warps = {max(4, tile.warps // 2), tile.warps, min(16, tile.warps * 2)}
+    programs = {max(1, tile.programs // 2), tile.programs, tile.programs + 1}
+    others = [
+        tile._replace(pixels=p, warps=w, programs=n)
+        for p, w, n in itertools.product(sorted(pixels), sorted(warps), sorted(programs))
+    ]
+    return [tile, *(other for other in others if other != tile)]
+
+
 def fits_shared_memory(channels: int, dtype: torch.dtype, capability: int) -> bool:
     """Whether the backward kernel's smallest tile fits into a GPU of this compute capability."""
     return channels < 64 or dtype != torch.float32 or capability in _SHARED_MEMORY
@@ -107,6 +120,14 @@ class Shape(NamedTuple):
         if capability not in _SHARED_MEMORY and key in _SMALL_MEMORY_BACKWARD:
             return _SMALL_MEMORY_BACKWARD[key]
         return _BACKWARD[key]
+
+    def forward_candidates(self, capability: int) -> list[Tile]:
+        """What is measured for the forward kernel with DECO_AUTOTUNE=1."""
+        return _around(self.forward_tile(capability))
+
+    def backward_candidates(self, capability: int) -> list[Tile]:
+        """What is measured for the backward kernel with DECO_AUTOTUNE=1."""
+        return _around(self.backward_tile(capability))
 
     def stack_bytes(self, capability: int) -> int:
         """Stack of a backward kernel's thread, which holds what it spills, at most."""

@@ -6,6 +6,7 @@ machine with a GPU the cases also run directly:
 
     class TestForward:
         __test__ = interpreter.KERNELS_RUN
+        pytestmark = interpreter.MARKS
 
     def test_in_the_interpreter() -> None:
         interpreter.run_cases(__file__)
@@ -25,6 +26,8 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 KERNELS_RUN = INTERPRETED or torch.cuda.is_available()
+MARKS = [] if INTERPRETED else [pytest.mark.gpu]
+"""Of the classes: `pytest -m gpu` runs them on a GPU."""
 
 
 def run_cases(path: str) -> None:

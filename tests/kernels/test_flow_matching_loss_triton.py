@@ -74,6 +74,7 @@ def check(
 
 class TestLoss:
     __test__ = interpreter.KERNELS_RUN
+    pytestmark = interpreter.MARKS
 
     @pytest.fixture(autouse=True)
     def _poison(self, monkeypatch: pytest.MonkeyPatch) -> None:

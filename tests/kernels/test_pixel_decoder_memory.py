@@ -25,7 +25,7 @@ PIXELS = BATCH * 256 * 256
 
 @pytest.fixture(autouse=True)
 def _fake_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tensors without data on a CPU, which the interpreter's setting gives to the Triton backend."""
+    """Tensors without data on a CPU, which the interpreter's setting gives to Triton."""
     monkeypatch.setattr(registration, "INTERPRETED", True)
     monkeypatch.setattr(registry, "INTERPRETED", True)
     with FakeTensorMode():

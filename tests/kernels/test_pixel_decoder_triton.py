@@ -14,6 +14,7 @@ from deco_fast.kernels.pixel_decoder.reference import (
     PixelDecoderParameters,
     pixel_decoder,
 )
+from deco_fast.kernels.registration import fused_ops
 
 if interpreter.KERNELS_RUN:
     from deco_fast.kernels.pixel_decoder import gpu
@@ -112,6 +113,7 @@ def _poisoned_memory() -> Iterator[None]:
 @pytest.mark.usefixtures("_poisoned_memory")
 class TestAgainstTheReference:
     __test__ = interpreter.KERNELS_RUN
+    pytestmark = interpreter.MARKS
 
     def check(self, case: Case, tolerance: float, keep_inputs: bool = True) -> None:
         expected_velocity, expected_grads = case.expected()
@@ -137,6 +139,14 @@ class TestAgainstTheReference:
         monkeypatch.setattr(gpu, "PIXELS_AT_A_TIME", 256)
         self.check(Case(16, blocks, 8, 1, 3, 3, torch.float32), 1e-5, keep_inputs)
 
+    @pytest.mark.parametrize("candidate", [1, -1])
+    def test_other_tiles_than_the_tables(
+        self, candidate: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What DECO_AUTOTUNE may choose."""
+        monkeypatch.setattr(gpu, "_choose", lambda *args: args[3][candidate])
+        self.check(Case(16, 2, 8, 1, 3, 3, torch.float32), 1e-5)
+
     @pytest.mark.parametrize("shape", SHAPES[:3])
     def test_lean(self, shape: tuple[int, ...]) -> None:
         self.check(Case(*shape, torch.float32), 1e-5, keep_inputs=False)
@@ -152,6 +162,19 @@ class TestAgainstTheReference:
 
 class TestBehaviour:
     __test__ = interpreter.KERNELS_RUN
+    pytestmark = interpreter.MARKS
+
+    @pytest.mark.parametrize("keep_inputs", [False, True])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_the_op_is_what_its_fake_says(self, dtype: torch.dtype, keep_inputs: bool) -> None:
+        case = Case(16, 2, 2, 1, 3, 5, dtype)
+        arguments = case.x, case.tokens, *case.upsample, case.small, case.patch_size, keep_inputs
+        torch.library.opcheck(fused_ops.pixel_decoder, arguments)
+        velocity, *kept = fused_ops.pixel_decoder(*arguments)
+        torch.library.opcheck(
+            fused_ops.pixel_decoder_backward,
+            (velocity, case.x, case.tokens, *kept, *arguments[2:-1], True),
+        )
 
     def test_the_same_bits_at_every_run(self) -> None:
         case = Case(16, 2, 4, 1, 3, 5, torch.float16)
