@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,10 @@ import pytest
 import torch
 import yaml
 from golden import gradient_norms, load_model, metadata, our_name, relative_error, tensors
-from processes import TINY, assert_identical, weights
+from processes import TINY, assert_identical, in_processes, weights
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import ROOT, run
+from test_training import run
 from torch import Tensor
 
 from deco_fast.alignment import Projector, alignment_loss
@@ -356,6 +354,10 @@ def test_a_compiled_run_on_a_gpu(tmp_path: Path, dinov2: str) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+def train(folder: Path, options: list[str]) -> None:
+    assert run(folder, 4, *options) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("distribution", ["ddp", "fsdp"])
 def test_two_processes_follow_one(tmp_path: Path, dinov2: str, distribution: str) -> None:
@@ -363,20 +365,7 @@ def test_two_processes_follow_one(tmp_path: Path, dinov2: str, distribution: str
     options = aligned(dinov2, f"--training.distribution={distribution}")
     run(tmp_path / "one", 4, *options)
     folder = tmp_path / "two"
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
-            *("--master_port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
-            *("train.py", *TINY, *options, "--training.steps=4", "--device=cpu", f"--out={folder}"),
-            "--output.checkpoint_every=2",
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
+    in_processes(2, train, folder, [*options, "--output.checkpoint_every=2"])
     one, two = projector_of(tmp_path / "one", 4), projector_of(folder, 4)
     for key, tensor in one.items():
         assert relative_error(two[key], tensor) < 1e-4, key
