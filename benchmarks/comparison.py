@@ -35,10 +35,12 @@ class Subject:
     Attributes:
         run: one call of the task; returns its results by name.
         held: weights and inputs, which are in memory anyway.
+        waited: seconds that a call has waited for data, on average; None where it needs none.
     """
 
     run: Callable[[], dict[str, Tensor]]
     held: tuple[Tensor, ...] = ()
+    waited: Callable[[], float] | None = None
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Row:
     maximum: float | None = None
     speedup: float | None = None
     floor_fraction: float | None = None
+    data_wait_share: float | None = None
     saved_for_backward: int | None = None
     peak_memory: int | None = None
     error: float | None = None
@@ -243,6 +246,9 @@ class Compare:
                 row.median = statistics.median(samples)
                 row.minimum, row.maximum = min(samples), max(samples)
                 row.error = errors[variant]
+                waited = subjects[variant].waited
+                if waited is not None:
+                    row.data_wait_share = waited() / row.median
                 if backward:
                     row.saved_for_backward = saved_for_backward(
                         runners[variant], subjects[variant].held

@@ -43,6 +43,7 @@ def _cells(row: Row) -> dict[str, str]:
         "rounds": str(row.rounds or ""),
         "speed": _unless_none(row.speedup, ".2f") + ("×" if row.speedup else ""),
         "of floor": _unless_none(row.floor_fraction, ".1%"),
+        "data wait": _unless_none(row.data_wait_share, ".2%"),
         "saved MiB": _mib(row.saved_for_backward),
         "peak MiB": _mib(row.peak_memory),
         "error": _unless_none(row.error, ".0e"),

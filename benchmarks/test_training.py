@@ -1,28 +1,64 @@
-"""A training iteration: noise, forward, loss, backward, AdamW."""
+"""A training step as `train.py` makes it: batch, draws, forward, loss, backward, AdamW, average."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
-import torch
+from torch import Tensor
 
 from benchmarks.comparison import Compare, Subject
-from benchmarks.inputs import normal, randomize
+from benchmarks.inputs import randomize
 from benchmarks.settings import Settings
+from benchmarks.test_loader import photograph
 from benchmarks.variants import AUTOCAST, FLOAT32, Precision, Variant
 from benchmarks.work import FLOAT32_BYTES, Images, parameter_count, training_work
-from deco_fast import flow
-from deco_fast.losses import flow_matching_loss, frequency_table
-from deco_fast.models.deco import DeCo
+from deco_fast.config import RunConfig
+from deco_fast.data import DigitsDataset, EpochBatches, FolderImages, ImageDataset, read_batches
+from deco_fast.data.loader import Batch
 from deco_fast.models.presets import PRESETS
+from deco_fast.training.distributed import Processes
+from deco_fast.training.step import TrainingStep
 
-# Copies of the weights that a comparison holds: weights, gradients, two moments, and the
+# Copies of the weights that a comparison holds: weights, average, gradients, two moments, and the
 # gradients of the float32 reference and of the variant that is checked against it.
-COPIES = 6
+COPIES = 7
 
 # Through a whole network bf16's rounding adds up: 5% in a norm's weight of DeCo-XL.
 GRADIENT_TOLERANCE = 0.15
+
+# All variants train the same weights: so small a learning rate does AdamW's whole work and
+# leaves them as they are, and gradients compare at any step.
+LEARNING_RATE = 1e-30
+
+PHOTOGRAPHS = 8
+
+
+def run_config(name: str, images: Images) -> RunConfig:
+    """A run of a preset on batches of so many images."""
+    digits = name == "deco-digits"
+    return RunConfig.model_validate(
+        {
+            "name": name,
+            "model": {"preset": name},
+            "data": {
+                "dataset": "digits" if digits else "folder",
+                "height": images.height,
+                "width": images.width,
+            },
+            "training": {
+                "steps": 10**6,
+                "batch_size": images.batch,
+                "learning_rate": LEARNING_RATE,
+                "explosion_factor": None,
+                "precision": "fp32",
+                "compile": False,
+            },
+        }
+    )
 
 
 @pytest.mark.parametrize("precision", [FLOAT32, AUTOCAST], ids=["fp32", "bf16"])
@@ -34,67 +70,75 @@ GRADIENT_TOLERANCE = 0.15
         pytest.param("deco-xl", marks=pytest.mark.paper),
     ],
 )
-def test_training_iteration(
-    compare: Compare,
-    settings: Settings,
-    name: str,
-    precision: Precision,
+def test_training_step(
+    compare: Compare, settings: Settings, name: str, precision: Precision, tmp_path: Path
 ) -> None:
-    config, card = PRESETS[name]
-    batch = settings.batch if name != "deco-digits" else 4 if settings.trial else 64
-    images = Images(batch, card.height, card.width)
-    settings.require_memory(COPIES * FLOAT32_BYTES * parameter_count(config))
+    model_config, card = PRESETS[name]
+    batch_size = settings.batch if name != "deco-digits" else 4 if settings.trial else 64
+    images = Images(batch_size, card.height, card.width)
+    settings.require_memory(COPIES * FLOAT32_BYTES * parameter_count(model_config))
     device = settings.device
-    data = normal(batch, 3, card.height, card.width).to(device)
-    labels = (torch.arange(batch) % config.num_classes).to(device)
-    table = frequency_table().to(device)
 
     @cache
-    def model_and_optimizer() -> tuple[DeCo, torch.optim.Optimizer]:
-        model = DeCo(config)
-        randomize(model)
-        model.to(device)
-        # All variants train the same weights; a learning rate of zero does AdamW's whole work
-        # and leaves them as they are, so that gradients compare at any iteration.
-        return model, torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+    def dataset() -> DigitsDataset | ImageDataset:
+        if name == "deco-digits":
+            return DigitsDataset("train", images.height)
+        (tmp_path / "class").mkdir()
+        for number in range(PHOTOGRAPHS):
+            (tmp_path / "class" / f"{number}.jpg").write_bytes(photograph(number))
+        return ImageDataset(FolderImages(str(tmp_path)), images.height, images.width)
+
+    def batches() -> Iterator[Batch]:
+        """From the first one on, read as `train.py` reads them."""
+        order = EpochBatches(len(dataset()), batch_size, seed=0)
+        workers = 0 if name == "deco-digits" else 1
+        return read_batches(dataset(), order, workers=workers, prefetch=2, device=device)
+
+    @cache
+    def training() -> TrainingStep:
+        step = TrainingStep(run_config(name, images), Processes(0, 1, device))
+        randomize(step.model)
+        return step
 
     def build(variant: Variant) -> Subject:
-        model, optimizer = model_and_optimizer()
-        generator = torch.Generator(device)
+        step, source = training(), batches()
+        gradients: dict[str, Tensor] = {}
+        calls, waited = 0, 0.0
 
         @variant.compile
-        def loss_at(noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            prediction = model(flow.interpolate(data, noise, t), t, labels)
-            total, _, _ = flow_matching_loss(
-                prediction, flow.velocity(data, noise), table, weight=1.0
-            )
-            return total
+        def losses(*inputs: Tensor) -> dict[str, Tensor]:
+            found: dict[str, Tensor] = step.objective(*inputs)
+            return found
 
-        def run() -> dict[str, torch.Tensor]:
-            generator.manual_seed(0)
-            t = flow.sample_timesteps(batch, generator=generator, device=device)
-            noise = torch.randn(data.shape, generator=generator, device=device)
-            with variant.autocast(device):
-                loss = loss_at(noise, t)
-            loss.backward()
-            optimizer.step()
-            gradients = {
-                f"gradient of {key}": parameter.grad
-                for key, parameter in model.named_parameters()
-                if parameter.grad is not None
-            }
-            optimizer.zero_grad(set_to_none=True)
-            return {"loss": loss.detach(), **gradients}
+        def keep(*_: object) -> None:
+            for key, parameter in step.model.named_parameters():
+                if parameter.grad is not None:
+                    gradients[f"gradient of {key}"] = parameter.grad
 
-        return Subject(run, held=(data, labels, table, *model.parameters()))
+        def run() -> dict[str, Tensor]:
+            nonlocal calls, waited
+            asked = time.perf_counter()
+            batch = next(source)
+            waited += time.perf_counter() - asked
+            calls += 1
+            step.network = losses
+            step.objective.bf16 = variant.precision.autocast
+            hook = step.optimizer.register_step_pre_hook(keep)
+            figures = step(0, batch)
+            hook.remove()
+            results = {"loss": figures.values[0], **gradients}
+            gradients.clear()
+            return results
+
+        return Subject(run, tuple(step.objective.parameters()), lambda: waited / calls)
 
     compare(
-        f"training iteration, {name}",
-        f"forward, loss, backward, AdamW, {images}",
+        f"training step, {name}",
+        f"batch, draws, forward, loss, backward, AdamW, moving average; {images}",
         op_names=("pixel_decoder", "flow_matching_loss"),
         precisions=(precision,),
         build=build,
-        work=training_work(config, images),
+        work=training_work(model_config, images),
         backward=True,
         compile_fused=True,
         bfloat16_tolerance=GRADIENT_TOLERANCE,

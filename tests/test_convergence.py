@@ -45,6 +45,6 @@ def test_a_fused_backend_follows_the_loss_curve_of_the_reference(backend: str, d
     reference = loss_curve("reference", device)
     fused = loss_curve(backend, device)
     difference = ((fused - reference) / reference).abs()
-    assert difference[:50].max() < 0.01, f"step {int(difference[:50].argmax())}"
-    assert reference[-50:].mean() < 0.2 * reference[0]
-    assert abs(fused[-50:].mean() / reference[-50:].mean() - 1) < 0.05
+    assert difference[:25].max() < 1e-4, f"step {int(difference[:25].argmax())}"
+    assert reference[-100:].mean() < 0.2 * reference[0]
+    assert abs(fused[-100:].mean() / reference[-100:].mean() - 1) < 0.15

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,9 @@ import torch.distributed as dist
 from deco_fast.errors import UserError
 
 T = TypeVar("T")
+
+_STORE_KEY = "deco_fast/store"
+_CONNECT_TIMEOUT = timedelta(seconds=5)
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,40 @@ def join_processes(device: str) -> Iterator[Processes]:
     if world_size == 1:
         yield Processes(0, 1, chosen)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+        store=_fresh_store(),
+        rank=int(os.environ["RANK"]),
+        world_size=world_size,
+    )
     try:
         yield Processes(dist.get_rank(), world_size, chosen)
     finally:
         dist.destroy_process_group()
+
+
+def _fresh_store() -> dist.Store:
+    """A store that holds nothing of processes that died: torchrun's outlives a restart.
+
+    With --max-restarts a restarted process would read in it where its peers listened before they
+    died (torch 2.13). So rank 0 opens a store of its own and names it in torchrun's: who reads the
+    name of a dead one cannot connect, and reads again.
+    """
+    shared, rank, world_size = next(dist.rendezvous("env://"))
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
+        return shared
+    host = os.environ["MASTER_ADDR"]
+    if rank == 0:
+        own = dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
+        shared.set(_STORE_KEY, str(own.port))
+        return own
+    while True:
+        port = int(shared.get(_STORE_KEY))
+        try:
+            store = dist.TCPStore(
+                host, port, world_size, timeout=_CONNECT_TIMEOUT, wait_for_workers=False
+            )
+        except dist.DistError:
+            continue
+        store.set_timeout(dist.default_pg_timeout)
+        return store
