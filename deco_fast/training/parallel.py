@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,7 +53,16 @@ def recompute_activations(model: DeCo) -> None:
     """Let every DiT block keep its input alone, and compute again in the backward pass."""
     for block in model.blocks:
         # On the instance: a wrapper module would change the parameters' names.
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = _recomputed(block.forward)
+
+
+def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    # A function of ours and no partial of torch's: the compiler steps over torch's own.
+    def recomputed(*inputs: Tensor) -> Tensor:
+        result: Tensor = checkpoint(forward, *inputs, use_reentrant=False)
+        return result
+
+    return recomputed
 
 
 def prepare_network(
