@@ -98,7 +98,7 @@ class Shape(NamedTuple):
         """Of the forward kernel."""
         if (self.channels, self.half, self.blocks) == (64, True, 1):
             # Its loop over blocks would be no loop, so that nothing keeps the registers free.
-            return Tile(64, 4, 1)
+            return Tile(64, 8 if _has_tensor_memory(capability) else 4, 1)
         tile = _FORWARD[self.channels, self.half]
         matrices = self.blocks * MATRICES.value * self.channels**2 * self.dtype.itemsize
         too_large = matrices + _OTHER_OPERANDS > _SHARED_MEMORY.get(capability, 99 * 1024)
