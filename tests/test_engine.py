@@ -57,7 +57,6 @@ def noise(count: int) -> Tensor:
 class TestAgreement:
     """With `deco_fast.sample` on the reference ops."""
 
-    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["model_c2i_deco_p16", "model_c2i_deco_p8"])
     def test_a_hundred_steps_of_a_golden_model(self, name: str) -> None:
         model = load_model(name)
