@@ -509,7 +509,7 @@ def test_the_suite_runs_and_records_without_a_compiler(tmp_path: Path) -> None:
         "pixel decoder, forward, fp32",
         "pixel decoder, forward + backward, fp32",
         "flow-matching loss, forward + backward, fp32",
-        "training iteration, deco-digits, fp32",
+        "training step, deco-digits, fp32",
         "sampling, deco-digits, fp32",
     ):
         eager, compiled = outcomes[title][:2]

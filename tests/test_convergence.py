@@ -29,7 +29,7 @@ def loss_curve(backend: str, device: str) -> torch.Tensor:
     losses = []
     with ops.use_backend(backend):
         for step in range(STEPS):
-            losses.append(training(step, next(batches))["total"])
+            losses.append(training(step, next(batches)).by_name["loss/total"])
     return torch.stack(losses).cpu()
 
 
