@@ -54,7 +54,7 @@ _SMALL_MEMORY_BACKWARD = {(64, True): Tile(16, 8, 1)}
 _BLACKWELL_BACKWARD = {(32, True): Tile(64, 8, 1)}
 """With products in tensor memory (sm_100), half as many values to a thread."""
 
-_STACK_BYTES = {(16, True): 64, (32, True): 128, (64, True): 64, (32, False): 256, (64, False): 640}
+_STACK_BYTES = {(16, True): 64, (32, True): 128, (64, True): 64, (32, False): 256, (64, False): 896}
 _AMPERE_STACK_BYTES = {(32, True): 640}
 """sm_80 and its kin hold the matrices of products in registers, and so spill them; elsewhere the
 matrices stay in shared memory."""
