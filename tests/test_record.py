@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import record
+from benchmarks import readme, record
 from benchmarks.record import FIGURES, Piece, describe, gather, main, passed, pieces, run_piece
 
 FIGURE = {
@@ -123,3 +123,36 @@ def test_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "record.json").read_text())
     assert {row["variant"] for comparison in saved["comparisons"] for row in comparison["rows"]}
     assert saved["machine"]["versions"]["torch"]
+
+
+def test_the_readme_s_figures_are_those_of_the_records() -> None:
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.updated(text, readme.section(readme.load_records())) == text
+    with pytest.raises(ValueError, match="the README has no lines"):
+        readme.updated("nothing", "figures")
+
+
+def test_the_readme_compares_with_the_better_baseline() -> None:
+    def row(variant: str, median: float, is_baseline: bool) -> dict[str, object]:
+        return {
+            "variant": variant,
+            "is_baseline": is_baseline,
+            "median": median,
+            "floor_fraction": 0.001 / median,
+            "saved_for_backward": None,
+        }
+
+    rows = [
+        row("reference, eager, bf16", 0.3, True),
+        row("reference, torch.compile, bf16", 0.2, True),
+        row("triton, eager, bf16", 0.1, False),
+        row("triton, torch.compile, bf16", 0.05, False),
+        row("engine, matmul precision high, torch.compile, bf16", 0.01, False),
+    ]
+    comparison = {**FIGURE["comparisons"][0], "rows": rows}  # type: ignore[dict-item]
+    text = readme.section([{**FIGURE, "comparisons": [comparison]}])
+    line = text.splitlines()[-1]
+    assert "200 ms (reference, torch.compile)" in line
+    assert "50 ms (triton, torch.compile)" in line
+    assert "4.00×" in line
+    assert "2%" in line
