@@ -152,9 +152,11 @@ def _loss_backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None
     others = (None, None, None, None)
     if not for_target and gradient.dtype == prediction_dtype and _is_last_use(grad_total):
         gradient = gradient.detach()
-        if gradient.is_cpu and grad_total.item() == 1:  # a GPU would have to wait for that
-            return gradient, None, *others
-        return gradient.mul_(grad_total), None, *others
+        if not gradient.is_cpu or INTERPRETED:
+            return _host("flow_matching_loss", "cuda").scale_(gradient, grad_total), None, *others
+        if grad_total.item() != 1:
+            gradient.mul_(grad_total)
+        return gradient, None, *others
     op = fused_ops.flow_matching_loss_backward
     grad_prediction = op(grad_total, gradient, prediction_dtype) if for_prediction else None
     grad_target = op(-grad_total, gradient, target_dtype) if for_target else None

@@ -35,6 +35,7 @@ from deco_fast.kernels.specialisation import Specialisation
 # The eight columns of 16 blocks are the columns of 128 threads.
 LOSS_LAUNCH: Final = {"BLOCKS": 16, "num_warps": 4, "num_stages": 1}
 MEAN_LAUNCH: Final = {"STEP": 1024, "num_warps": 4, "num_stages": 1}
+SCALE_LAUNCH: Final = {"STEP": 8192, "num_warps": 8, "num_stages": 1}
 
 # cos(kπ/16)/2: the entries of the orthonormal 8-point DCT-II matrix. In the interpreter a constant
 # has to be the right factor.
@@ -253,6 +254,17 @@ def mean_kernel(
     tl.store(total, mean_squares + weight * mean_weighted)
 
 
+@triton.jit(do_not_specialize=["size"])
+def scale_kernel(values, factor, size, STEP: tl.constexpr):
+    scale = tl.load(factor)
+    # A training step asks for the gradient of the loss itself: then there is nothing to do, and the
+    # GPU finds that out without the host waiting for it.
+    if scale != 1:
+        place = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)
+        value = tl.load(values + place, mask=place < size).to(tl.float32)
+        tl.store(values + place, (value * scale).to(values.dtype.element_ty), mask=place < size)
+
+
 def forward(
     prediction: Tensor,
     target: Tensor,
@@ -309,6 +321,15 @@ def forward(
     return total, flow_matching, frequency, gradient
 
 
+def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The gradient (contiguous) multiplied by a scalar on its device, in place."""
+    with torch.cuda.device_of(gradient):
+        scale_kernel[(triton.cdiv(gradient.numel(), SCALE_LAUNCH["STEP"]),)](
+            gradient, factor.float(), gradient.numel(), **SCALE_LAUNCH
+        )
+    return gradient
+
+
 def _fold(gradient: Tensor, height: int, width: int) -> Tensor:
     """Add the gradient of each reflected pixel to that of the pixel it repeats, in a fixed order.
 
@@ -345,6 +366,14 @@ def specialisations(capability: int) -> Iterator[Specialisation]:
             constants={"PADDED": padded, "BLOCKS": LOSS_LAUNCH["BLOCKS"]}
             | ({} if full else {"timestep_weight": None, "gradient": None}),
             num_warps=LOSS_LAUNCH["num_warps"],
+        )
+    for dtype in ("fp32", "bf16"):
+        yield Specialisation(
+            name=f"flow_matching_loss scale {dtype}",
+            kernel=scale_kernel,
+            types={"values": f"*{dtype}", "factor": "*fp32", "size": "i32"},
+            constants={"STEP": SCALE_LAUNCH["STEP"]},
+            num_warps=SCALE_LAUNCH["num_warps"],
         )
     yield Specialisation(
         name="flow_matching_loss mean",

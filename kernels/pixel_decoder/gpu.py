@@ -30,11 +30,11 @@ from deco_fast.kernels.pixel_decoder.gpu_kernels import (
     backward_kernel,
     forward_kernel,
 )
-from deco_fast.kernels.pixel_decoder.gpu_tiles import Shape, Tile, fits_shared_memory
+from deco_fast.kernels.pixel_decoder.gpu_tiles import Shape, Tile, candidates, fits_shared_memory
 from deco_fast.kernels.registration import block_inputs_shape
 from deco_fast.kernels.specialisation import Specialisation
 
-PIXELS_AT_A_TIME = 2**18
+PIXELS_AT_A_TIME = 2**20
 """Pixels, a power of two, that the backward pass takes through all blocks before it goes on: few
 enough for what goes from launch to launch to cost little memory, enough to make little of a launch.
 """
@@ -73,12 +73,14 @@ def _interpreted(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     if _interpreted(device):
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
 def _capability(device: torch.device) -> int:
     if _interpreted(device):
         return 80
@@ -180,9 +182,9 @@ def forward(
         def run(tile: Tile) -> None:
             _launch_forward(x, tokens, y, velocity, inputs, folded, shape, pixels, tile)
 
-        candidates = shape.forward_candidates(_capability(x.device))
         kept = ", keeping inputs" if inputs.numel() > 0 else ""
-        run(_choose(f"forward{kept}", shape, x, candidates, run))
+        tile = shape.forward_tile(_capability(x.device))
+        run(_choose(f"forward{kept}", shape, x, tile, run))
     return velocity, y, inputs
 
 
@@ -190,16 +192,17 @@ def _choose(
     direction: str,
     shape: Shape,
     x: Tensor,
-    candidates: list[Tile],
+    tile: Tile,
     run: Callable[[Tile], object],
 ) -> Tile:
     """The table's tile, or with DECO_AUTOTUNE=1 the fastest; a graph under capture has no time."""
     if _interpreted(x.device) or not tuning.is_on() or torch.cuda.is_current_stream_capturing():
-        return candidates[0]
+        return tile
     # Pixels to the next power of two: much the same work has the same best tile.
     pixels = 2 ** (x[:, 0].numel() - 1).bit_length()
     problem = f"pixel_decoder {direction}, {shape}, {pixels} pixels"
-    return tuning.fastest(problem, torch.cuda.get_device_name(x.device), candidates, run)
+    gpu = torch.cuda.get_device_name(x.device)
+    return tuning.fastest(problem, gpu, candidates(tile), run)
 
 
 def _launch_forward(
@@ -268,8 +271,8 @@ def backward(
                 grad_velocity, x, tokens, y, inputs, grad_x, grad_y, folded, shape, tile
             )
 
-        candidates = shape.backward_candidates(_capability(x.device))
-        tile = _choose("backward", shape, x, candidates, run)
+        tile = shape.backward_tile(_capability(x.device))
+        tile = _choose("backward", shape, x, tile, run)
         sums = run(tile)
         grad_flat = torch.empty_like(flat)
         fold_backward_kernel[(shape.blocks + 1,)](

@@ -45,15 +45,23 @@ VECTOR_ROWS = tl.constexpr(16)
 
 
 @triton.jit
-def _sigmoid(x, APPROXIMATE: tl.constexpr):
+def _silu(x, APPROXIMATE: tl.constexpr):
+    """silu(x) and the sigmoid of x, float32."""
     if APPROXIMATE:
         # One instruction, with a relative error of 2⁻¹¹; a half-precision operand has 2⁻⁹ or 2⁻¹¹.
+        half = 0.5 * x
         tanh = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True, pack=1
+            "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1
         )
-        return 0.5 * tanh + 0.5
+        return half * tanh + half, 0.5 * tanh + 0.5
     else:
-        return tl.sigmoid(x)
+        sigmoid = tl.sigmoid(x)
+        return x * sigmoid, sigmoid
+
+
+@triton.jit
+def _silu_derivative(silu, sigmoid):
+    return sigmoid + silu * (1 - sigmoid)
 
 
 @triton.jit
@@ -139,7 +147,7 @@ def _block(h, condition, matrices, vectors, APPROXIMATE: tl.constexpr):
     n, _ = _normalise(h)
     _, z = _modulate(n, condition, matrices, vectors)
     a = _affine(z, matrices, vectors, 3)
-    u = (a * _sigmoid(a, APPROXIMATE)).to(condition.dtype)
+    u = _silu(a, APPROXIMATE)[0].to(condition.dtype)
     return h + _affine(u, matrices, vectors, 4) * _affine(condition, matrices, vectors, 2)
 
 
@@ -163,13 +171,21 @@ def _place(tile, num_patches, patches, patch_columns, P: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def _embed(x, offset, exists, plane, rgb_vectors, table_tile, C: tl.constexpr):
+def _load_colors(x, offset, exists, plane):
+    """Red, green and blue of a tile's pixels, float32."""
+    red = tl.load(x + offset, mask=exists, other=0).to(tl.float32)
+    green = tl.load(x + offset + plane, mask=exists, other=0).to(tl.float32)
+    blue = tl.load(x + offset + 2 * plane, mask=exists, other=0).to(tl.float32)
+    return red, green, blue
+
+
+@triton.jit
+def _embed(colors, rgb_vectors, table_tile, C: tl.constexpr):
     """The decoder's input projections, folded: table + rgb_weight · (red, green, blue)."""
     channel = rgb_vectors + tl.arange(0, C)[None, :]
     h = table_tile
     for k in tl.static_range(3):
-        color = tl.load(x + offset + k * plane, mask=exists, other=0).to(tl.float32)
-        h += color[:, None] * tl.load(channel + k * C)
+        h += colors[k][:, None] * tl.load(channel + k * C)
     return h
 
 
@@ -186,16 +202,16 @@ def _rows(tile, BLOCK: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _condition(y, tile, exists, BLOCK: tl.constexpr, C: tl.constexpr, APPROXIMATE: tl.constexpr):
-    """A tile's silu(y) in the dtype of y."""
-    value = tl.load(y + _rows(tile, BLOCK, C), mask=exists[:, None], other=0)
-    value = value.to(tl.float32)
-    return (value * _sigmoid(value, APPROXIMATE)).to(y.dtype.element_ty)
+def _load_condition(y, tile, exists, BLOCK: tl.constexpr, C: tl.constexpr):
+    """A tile of y."""
+    return tl.load(y + _rows(tile, BLOCK, C), mask=exists[:, None], other=0)
 
 
 @triton.jit
-def _silu_derivative(x, sigmoid):
-    return sigmoid * (1 + x * (1 - sigmoid))
+def _activate(y, APPROXIMATE: tl.constexpr):
+    """The condition silu(y) in the dtype of y."""
+    condition, _ = _silu(y.to(tl.float32), APPROXIMATE)
+    return condition.to(y.dtype)
 
 
 @triton.jit(do_not_specialize=["first", "end", "num_patches", "patches", "patch_columns"])
@@ -243,13 +259,23 @@ def forward_kernel(
         for block in tl.static_range(NUM_BLOCKS):
             hoisted = hoisted + (_load_matrices(matrices, block, C),)  # noqa: RUF005 Triton's way
 
+    offset, exists = _place(start, num_patches, patches, patch_columns, P, BLOCK)
+    exists &= start < end
+    next_colors = _load_colors(x, offset, exists, plane)
+    next_y = _load_condition(y, start, exists, BLOCK, C)
     for index in range(0, tl.cdiv(end - start, programs)):
         tile = start + index * programs
+        # What the next tile needs is on its way while this one is computed.
+        colors, condition = next_colors, _activate(next_y, APPROXIMATE)
+        later = tile + programs
+        offset, exists = _place(later, num_patches, patches, patch_columns, P, BLOCK)
+        exists &= later < end
+        next_colors = _load_colors(x, offset, exists, plane)
+        next_y = _load_condition(y, later, exists, BLOCK, C)
         offset, exists = _place(tile, num_patches, patches, patch_columns, P, BLOCK)
         if not HOIST_TABLE:
             table_tile = _load_table_tile(table, tile, P * P, BLOCK, C)
-        h = _embed(x, offset, exists, plane, rgb_vectors, table_tile, C)
-        condition = _condition(y, tile, exists, BLOCK, C, APPROXIMATE)
+        h = _embed(colors, rgb_vectors, table_tile, C)
         # Without a velocity, the last block's result is of no use.
         BLOCKS: tl.constexpr = NUM_BLOCKS if velocity is not None else NUM_BLOCKS - 1
         place = _rows(tile - first, BLOCK, C)
@@ -399,12 +425,12 @@ def backward_kernel(
     for index in range(0, tl.cdiv(end - start, programs)):
         tile = start + index * programs
         offset, exists = _place(tile, num_patches, patches, patch_columns, P, BLOCK)
-        condition = _condition(y, tile, exists, BLOCK, C, APPROXIMATE)
+        condition = _activate(_load_condition(y, tile, exists, BLOCK, C), APPROXIMATE)
         condition = _computed_once(condition, APPROXIMATE)
         own_rows = _rows(tile - first, BLOCK, C)
         if FIRST:
             table_tile = _load_table_tile(table, tile, P * P, BLOCK, C)
-            h = _embed(x, offset, exists, plane, rgb_vectors, table_tile, C)
+            h = _embed(_load_colors(x, offset, exists, plane), rgb_vectors, table_tile, C)
         else:
             h = tl.load(inputs + own_rows, mask=exists[:, None], other=0).to(tl.float32)
         block_vectors = _load_vectors(vectors, block, C)
@@ -412,9 +438,9 @@ def backward_kernel(
         n, rstd = _normalise(h)
         scale, z = _modulate(n, condition, block_matrices, block_vectors)
         a = _affine(z, block_matrices, block_vectors, 3)
-        sigmoid_a = _sigmoid(a, APPROXIMATE)
-        u = _computed_once((a * sigmoid_a).to(dtype), APPROXIMATE)
-        derivative = _silu_derivative(a, sigmoid_a)
+        silu, sigmoid = _silu(a, APPROXIMATE)
+        u = _computed_once(silu.to(dtype), APPROXIMATE)
+        derivative = _silu_derivative(silu, sigmoid)
         output_of_mlp = _affine(u, block_matrices, block_vectors, 4)
         gate = _affine(condition, block_matrices, block_vectors, 2)
         if LAST:
@@ -457,8 +483,8 @@ def backward_kernel(
         if FIRST:
             # A second load, because the registers cannot hold y, and volatile to remain one.
             value = tl.load(y + y_place, mask=exists[:, None], other=0, volatile=True)
-            value = value.to(tl.float32)
-            grad_condition *= _silu_derivative(value, _sigmoid(value, APPROXIMATE))
+            silu, sigmoid = _silu(value.to(tl.float32), APPROXIMATE)
+            grad_condition *= _silu_derivative(silu, sigmoid)
         tl.store(grad_y + y_place, grad_condition.to(dtype), mask=exists[:, None])
 
         if FIRST:

@@ -64,8 +64,8 @@ def _has_tensor_memory(capability: int) -> bool:
     return capability // 10 in (10, 11)
 
 
-def _around(tile: Tile) -> list[Tile]:
-    """The tile first, then others with half to twice its pixels and warps."""
+def candidates(tile: Tile) -> list[Tile]:
+    """What DECO_AUTOTUNE=1 measures: the tile, then others with half to twice its size."""
     pixels = {max(16, tile.pixels // 2), tile.pixels, tile.pixels * 2}
     warps = {max(4, tile.warps // 2), tile.warps, min(16, tile.warps * 2)}
     programs = {max(1, tile.programs // 2), tile.programs, tile.programs + 1}
@@ -117,14 +117,6 @@ class Shape(NamedTuple):
         if capability not in _SHARED_MEMORY and key in _SMALL_MEMORY_BACKWARD:
             return _SMALL_MEMORY_BACKWARD[key]
         return _BACKWARD[key]
-
-    def forward_candidates(self, capability: int) -> list[Tile]:
-        """What is measured for the forward kernel with DECO_AUTOTUNE=1."""
-        return _around(self.forward_tile(capability))
-
-    def backward_candidates(self, capability: int) -> list[Tile]:
-        """What is measured for the backward kernel with DECO_AUTOTUNE=1."""
-        return _around(self.backward_tile(capability))
 
     def stack_bytes(self, capability: int) -> int:
         """Stack of a backward kernel's thread, which holds what it spills, at most."""

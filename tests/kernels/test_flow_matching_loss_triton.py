@@ -137,6 +137,18 @@ class TestLoss:
         gradient = torch.autograd.grad(losses[0], prediction)[0]
         assert relative_error(gradient, torch.autograd.grad(expected[0], prediction)[0]) < 1e-6
 
+    @pytest.mark.parametrize("factor", [1, 0.25])
+    def test_gradient_of_a_part_of_the_loss(self, factor: float) -> None:
+        """What was kept is scaled in place; twice, where the graph is kept, from the same."""
+        prediction, target = velocities(9, 24)
+        expected = factor * expect(prediction, target, None)[-1]
+        with ops.use_backend("triton"):
+            table = frequency_table().to(DEVICE)
+            part = factor * ops.flow_matching_loss(prediction, target.detach(), table, WEIGHT)[0]
+        for keep in (True, True, False):
+            (gradient,) = torch.autograd.grad(part, prediction, retain_graph=keep)
+            assert relative_error(gradient, expected) < 1e-6
+
     def test_no_difference_is_no_loss(self) -> None:
         prediction = velocities(16, 16)[0].detach()
         table = frequency_table().to(DEVICE)
@@ -185,15 +197,16 @@ class Recorder:
 
 
 @pytest.fixture
-def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Recorder, Recorder]]:
-    pair = Recorder(gpu.loss_kernel), Recorder(gpu.mean_kernel)
-    monkeypatch.setattr(gpu, "loss_kernel", pair[0])
-    monkeypatch.setattr(gpu, "mean_kernel", pair[1])
-    yield pair
+def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorder]]:
+    names = "loss_kernel", "mean_kernel", "scale_kernel"
+    recorders = [Recorder(getattr(gpu, name)) for name in names]
+    for name, recorder in zip(names, recorders, strict=True):
+        monkeypatch.setattr(gpu, name, recorder)
+    yield recorders
 
 
 def test_what_is_launched_is_what_is_compiled_ahead_of_time(
-    recorders: tuple[Recorder, Recorder],
+    recorders: list[Recorder],
 ) -> None:
     stated = [
         (s.types, s.constants, s.num_warps, s.num_stages)
@@ -204,11 +217,12 @@ def test_what_is_launched_is_what_is_compiled_ahead_of_time(
         (torch.bfloat16, torch.float32),
     ]
     for (prediction, target), side, full in itertools.product(dtypes, (16, 9), (True, False)):
-        gpu.forward(
+        *_, gradient = gpu.forward(
             *(torch.zeros(2, 3, side, side, dtype=dtype) for dtype in (prediction, target)),
             *(frequency_table(), WEIGHT, torch.ones(2) if full else None, full),
         )
-    launched = [*recorders[0].launches, *recorders[1].launches]
+        gpu.scale_(gradient, torch.ones(()))
+    launched = [launch for recorder in recorders for launch in recorder.launches]
     assert all(launch in stated for launch in launched)
     assert all(launch in launched for launch in stated)
 

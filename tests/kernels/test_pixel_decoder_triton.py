@@ -18,6 +18,7 @@ from deco_fast.kernels.registration import fused_ops
 
 if interpreter.KERNELS_RUN:
     from deco_fast.kernels.pixel_decoder import gpu
+    from deco_fast.kernels.pixel_decoder.gpu_tiles import candidates
 
 TOKEN_WIDTH = 24
 DTYPES = [torch.float32, torch.float16]
@@ -144,7 +145,7 @@ class TestAgainstTheReference:
         self, candidate: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """What DECO_AUTOTUNE may choose."""
-        monkeypatch.setattr(gpu, "_choose", lambda *args: args[3][candidate])
+        monkeypatch.setattr(gpu, "_choose", lambda *args: candidates(args[3])[candidate])
         self.check(Case(16, 2, 8, 1, 3, 3, torch.float32), 1e-5)
 
     @pytest.mark.parametrize("shape", SHAPES[:3])

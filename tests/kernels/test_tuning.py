@@ -15,7 +15,7 @@ import triton
 
 from deco_fast.errors import UserError
 from deco_fast.kernels import tuning
-from deco_fast.kernels.pixel_decoder.gpu_tiles import Shape
+from deco_fast.kernels.pixel_decoder.gpu_tiles import Shape, candidates
 
 
 class Tile(NamedTuple):
@@ -133,9 +133,12 @@ def test_candidates_begin_with_the_tables_choice(
     channels: int, dtype: torch.dtype, capability: int
 ) -> None:
     shape = Shape(channels, 3, 16, dtype)
-    forward, backward = shape.forward_candidates(capability), shape.backward_candidates(capability)
+    forward, backward = (
+        candidates(tile)
+        for tile in (shape.forward_tile(capability), shape.backward_tile(capability))
+    )
     assert forward[0] == shape.forward_tile(capability)
     assert backward[0] == shape.backward_tile(capability)
-    for candidates in (forward, backward):
-        assert len(set(candidates)) == len(candidates) > 1
-        assert all(16 <= tile.pixels <= 256 for tile in candidates)
+    for tiles in (forward, backward):
+        assert len(set(tiles)) == len(tiles) > 1
+        assert all(16 <= tile.pixels <= 256 for tile in tiles)
