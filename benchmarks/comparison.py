@@ -225,7 +225,11 @@ class Compare:
             del results, required
         del expected
 
-        turns = Turns({variant.name: run for variant, run in runners.items()}, machine.clock)
+        turns = Turns(
+            {variant.name: run for variant, run in runners.items()},
+            machine.clock,
+            machine.clock.min_sample_seconds,
+        )
         fitting = int(self._seconds / turns.calibrate())
         rounds = fitting if self._seconds == 0 else min(max(fitting, min_rounds), MAX_ROUNDS)
         self._benchmark.pedantic(turns.round, rounds=max(rounds, 1))

@@ -80,9 +80,10 @@ class Case:
         )
         return [grad_x, *grads, *grad_small]
 
-    def expected(self) -> tuple[Tensor, list[Tensor]]:
+    def expected(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor]]:
+        """By the reference in a dtype."""
         inputs = [
-            tensor.double().requires_grad_()
+            tensor.to(dtype).requires_grad_()
             for tensor in (self.x, self.tokens, *self.upsample, *self.small)
         ]
         x, tokens, *upsample = inputs[:4]
@@ -94,13 +95,28 @@ class Case:
             *last,
         )
         velocity = pixel_decoder(x, tokens, parameters, self.patch_size)
-        grads = torch.autograd.grad(velocity, inputs, self.grad_velocity.double())
+        grads = torch.autograd.grad(velocity, inputs, self.grad_velocity.to(dtype))
         return velocity.detach(), list(grads)
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
     """Root mean square of the error over that of what is expected."""
     return float((value.double() - expected).norm() / expected.norm())
+
+
+def tolerances(case: Case, expected: list[Tensor]) -> list[float]:
+    """The relative error that each result may have.
+
+    Of bfloat16 the operands of the products are rounded. Through six blocks, or where few pixels
+    average it out, that adds up to more than 1%; the reference in bfloat16, which rounds all else
+    too, is then at least as far off.
+    """
+    tolerance = TOLERANCE[case.tokens.dtype]
+    if case.tokens.dtype != torch.bfloat16:
+        return [tolerance] * len(expected)
+    velocity, grads = case.expected(torch.bfloat16)
+    errors = map(relative_error, (velocity, *grads), expected)
+    return [max(tolerance, error) for error in errors]
 
 
 @pytest.fixture
@@ -116,21 +132,22 @@ class TestAgainstTheReference:
     __test__ = interpreter.KERNELS_RUN
     pytestmark = interpreter.MARKS
 
-    def check(self, case: Case, tolerance: float, keep_inputs: bool = True) -> None:
+    def check(self, case: Case, keep_inputs: bool = True) -> None:
         expected_velocity, expected_grads = case.expected()
+        allowed = tolerances(case, [expected_velocity, *expected_grads])
         velocity, kept = case.forward(keep_inputs)
         grads = case.backward(kept)
         assert velocity.dtype == case.tokens.dtype
-        assert relative_error(velocity, expected_velocity) < tolerance
+        assert relative_error(velocity, expected_velocity) <= allowed[0]
         parameters = [case.x, case.tokens, *case.upsample, *case.small]
         for i, (grad, expected) in enumerate(zip(grads, expected_grads, strict=True)):
             assert (grad.dtype, grad.shape) == (parameters[i].dtype, parameters[i].shape)
-            assert relative_error(grad, expected) < tolerance, i
+            assert relative_error(grad, expected) <= allowed[1 + i], i
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("shape", SHAPES)
     def test_velocity_and_gradients(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.check(Case(*shape, dtype), TOLERANCE[dtype])
+        self.check(Case(*shape, dtype))
 
     @pytest.mark.parametrize("keep_inputs", [False, True])
     @pytest.mark.parametrize("blocks", [1, 3])
@@ -138,7 +155,7 @@ class TestAgainstTheReference:
         self, blocks: int, keep_inputs: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(gpu, "PIXELS_AT_A_TIME", 256)
-        self.check(Case(16, blocks, 8, 1, 3, 3, torch.float32), 1e-5, keep_inputs)
+        self.check(Case(16, blocks, 8, 1, 3, 3, torch.float32), keep_inputs)
 
     @pytest.mark.parametrize("candidate", [1, -1])
     def test_other_tiles_than_the_tables(
@@ -146,11 +163,11 @@ class TestAgainstTheReference:
     ) -> None:
         """What DECO_AUTOTUNE may choose."""
         monkeypatch.setattr(gpu, "_choose", lambda *args: candidates(args[3])[candidate])
-        self.check(Case(16, 2, 8, 1, 3, 3, torch.float32), 1e-5)
+        self.check(Case(16, 2, 8, 1, 3, 3, torch.float32))
 
     @pytest.mark.parametrize("shape", SHAPES[:3])
     def test_lean(self, shape: tuple[int, ...]) -> None:
-        self.check(Case(*shape, torch.float32), 1e-5, keep_inputs=False)
+        self.check(Case(*shape, torch.float32), keep_inputs=False)
 
     def test_mixed_dtypes_and_strides(self) -> None:
         case = Case(16, 1, 4, 2, 3, 3, torch.float16)
@@ -158,7 +175,7 @@ class TestAgainstTheReference:
         case.tokens = case.tokens.transpose(0, 1).contiguous().transpose(0, 1)
         case.grad_velocity = case.grad_velocity.to(memory_format=torch.channels_last)
         case.small = [parameter.half() for parameter in case.small]
-        self.check(case, TOLERANCE[torch.float16])
+        self.check(case)
 
 
 class TestBehaviour:

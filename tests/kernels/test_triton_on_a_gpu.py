@@ -78,22 +78,36 @@ class Problem:
         grads = torch.autograd.grad(velocity, self.leaves(), self.grad.to(velocity.dtype))
         return [velocity.detach(), *grads]
 
-    def expected(self) -> list[Tensor]:
-        """By the reference in float64."""
+    def expected(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        """By the reference in a dtype."""
         exact = object.__new__(Problem)
-        exact.patch_size, exact.grad = self.patch_size, self.grad.double()
+        exact.patch_size, exact.grad = self.patch_size, self.grad.to(dtype)
 
-        def double(tensor: Tensor) -> Tensor:
-            return tensor.detach().double().requires_grad_()
+        def convert(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(dtype).requires_grad_()
 
-        exact.x, exact.tokens = double(self.x), double(self.tokens)
+        exact.x, exact.tokens = convert(self.x), convert(self.tokens)
         exact.upsample, exact.inputs, exact.outputs = (
-            [double(tensor) for tensor in tensors]
+            [convert(tensor) for tensor in tensors]
             for tensors in (self.upsample, self.inputs, self.outputs)
         )
-        exact.blocks = [BlockParameters(*map(double, block)) for block in self.blocks]
+        exact.blocks = [BlockParameters(*map(convert, block)) for block in self.blocks]
         with ops.use_backend("reference"):
             return exact.results()
+
+    def assert_close(self, values: list[Tensor], dtype: torch.dtype) -> None:
+        """To the reference in float64.
+
+        Of bfloat16 the operands of the products are rounded. Through six blocks, or where few
+        pixels average it out, that adds up to more than 1%; the reference in bfloat16, which rounds
+        all else too, is then at least as far off.
+        """
+        expected = self.expected()
+        tolerances = [TOLERANCE[dtype]] * len(expected)
+        if dtype == torch.bfloat16:
+            errors = map(relative_error, self.expected(dtype), expected)
+            tolerances = [max(TOLERANCE[dtype], error) for error in errors]
+        assert_close(values, expected, tolerances)
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
@@ -101,9 +115,10 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return float((value.double() - expected.double()).norm() / expected.double().norm())
 
 
-def assert_close(values: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    for i, (value, exact) in enumerate(zip(values, expected, strict=True)):
-        assert relative_error(value, exact) < tolerance, i
+def assert_close(values: list[Tensor], expected: list[Tensor], tolerances: list[float]) -> None:
+    errors = list(map(relative_error, values, expected))
+    wrong = [i for i, error in enumerate(errors) if not error <= tolerances[i]]
+    assert not wrong, [(i, errors[i], tolerances[i]) for i in wrong]
 
 
 class TestDecoder:
@@ -115,12 +130,12 @@ class TestDecoder:
     ) -> None:
         problem = Problem(dtype, channels=channels, blocks=blocks)
         with ops.keep_block_inputs(keep):
-            assert_close(problem.results(), problem.expected(), TOLERANCE[dtype])
+            problem.assert_close(problem.results(), dtype)
 
     @pytest.mark.parametrize("patch_size", [1, 2, 4, 8, 32])
     def test_patch_sizes(self, patch_size: int) -> None:
         problem = Problem(torch.bfloat16, patch_size=patch_size)
-        assert_close(problem.results(), problem.expected(), TOLERANCE[torch.bfloat16])
+        problem.assert_close(problem.results(), torch.bfloat16)
 
     @pytest.mark.parametrize("keep", [False, True])
     def test_the_same_bits_at_every_run(self, keep: bool) -> None:
@@ -138,12 +153,11 @@ class TestDecoder:
 
     def test_strided(self) -> None:
         problem = Problem(torch.bfloat16)
-        expected = problem.expected()
         x = problem.x.detach().to(memory_format=torch.channels_last)
         tokens = problem.tokens.detach().transpose(0, 1).contiguous().transpose(0, 1)
         problem.x, problem.tokens = x.requires_grad_(), tokens.requires_grad_()
         problem.grad = problem.grad.to(memory_format=torch.channels_last)
-        assert_close(problem.results(), expected, TOLERANCE[torch.bfloat16])
+        problem.assert_close(problem.results(), torch.bfloat16)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_autocast(self, dtype: torch.dtype) -> None:
@@ -152,7 +166,7 @@ class TestDecoder:
             results = problem.results()
         assert results[0].dtype == dtype
         assert {grad.dtype for grad in results[1:]} == {torch.float32}
-        assert_close(results, problem.expected(), TOLERANCE[dtype])
+        problem.assert_close(results, dtype)
 
     def test_compiled_as_one_graph(self) -> None:
         problem = Problem(torch.bfloat16)
@@ -204,7 +218,7 @@ class TestDecoder:
         monkeypatch.setattr(tuning, "_file", lambda: tmp_path / "tiles.json")
         monkeypatch.setattr(tuning, "_chosen", {})
         problem = Problem(torch.bfloat16)
-        assert_close(problem.results(), problem.expected(), TOLERANCE[torch.bfloat16])
+        problem.assert_close(problem.results(), torch.bfloat16)
         assert len(tuning._chosen) == 2
         assert (tmp_path / "tiles.json").exists()
 
@@ -224,8 +238,8 @@ class TestLoss:
         results = self.losses(*pair)
         with ops.use_backend("reference"):
             expected = self.losses(*(t.detach().double().requires_grad_() for t in pair))
-        assert_close(results[:3], expected[:3], 1e-6)
-        assert_close(results[3:], expected[3:], TOLERANCE[dtype])
+        assert_close(results[:3], expected[:3], [1e-6] * 3)
+        assert_close(results[3:], expected[3:], [TOLERANCE[dtype]] * 2)
         again = self.losses(*pair)
         assert all(map(torch.equal, results, again))
 
