@@ -6,13 +6,14 @@ import gc
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from benchmarks import quiet
 from benchmarks.machine import Machine
 from benchmarks.memory import peak_memory, saved_for_backward
 from benchmarks.timing import Turns
@@ -195,75 +196,106 @@ class Compare:
         if compute_dtype == torch.bfloat16 and machine.no_bf16:
             pytest.skip(machine.no_bf16)
         tolerance = bfloat16_tolerance if compute_dtype == torch.bfloat16 else FLOAT32_TOLERANCE
+        if rows is None:
+            rows = variants(machine, op_names, precisions, compile_fused)
+        label = DTYPE_LABEL[compute_dtype]
+        with quiet.preparing():
+            prepared = self._prepare(rows, build, tolerance)
+        with quiet.measuring():
+            comparison = Comparison(
+                f"{title}, {label}",
+                conditions,
+                work.flops,
+                work.bytes,
+                *machine.floor(work, compute_dtype),
+            )
+            self._measure(comparison, prepared, backward, min_rounds)
+        comparison.rows += [
+            Row(variant.name, variant.is_baseline, reason)
+            for variant, reason in rows.items()
+            if reason is not None
+        ]
+        order = [variant.name for variant in rows]
+        comparison.rows.sort(key=lambda row: order.index(row.variant))
+        comparison.fill_ratios()
+        self._benchmark.group = comparison.title
+        self._benchmark.extra_info.update(comparison.to_json())
+        self._outcomes.append(comparison)
+        return comparison
+
+    def _prepare(
+        self,
+        rows: dict[Variant, str | None],
+        build: Callable[[Variant], Subject],
+        tolerance: float,
+    ) -> list[_Prepared]:
+        """Build, compile and check every variant that can be timed here."""
         # Each comparison compiles its own graphs: torch.compile stops after a few per function.
         torch.compiler.reset()
         gc.collect()
-
-        if rows is None:
-            rows = variants(machine, op_names, precisions, compile_fused)
         runnable = [variant for variant, reason in rows.items() if reason is None]
         reference = Variant(REFERENCE, compiled=False, precision=FLOAT32)
         expected = _runner(reference, build(reference))()
 
         subjects = {variant: build(variant) for variant in runnable}
-        runners = {variant: _runner(variant, subject) for variant, subject in subjects.items()}
-        errors: dict[Variant, float] = {}
-        remarks: dict[Variant, str] = {}
-        for variant, run in runners.items():
+        prepared = []
+        for variant, subject in subjects.items():
+            run = _runner(variant, subject)
             results = run()
             excused = {
                 key: relative_error(results.pop(key), value)
                 for key, value in expected.items()
-                if is_fault_of_torch(variant, machine.device, key)
+                if is_fault_of_torch(variant, self._machine.device, key)
             }
             required = {key: value for key, value in expected.items() if key not in excused}
-            errors[variant] = check_agreement(variant.name, results, required, tolerance)
+            error = check_agreement(variant.name, results, required, tolerance)
+            remark = None
             if excused and max(excused.values()) > tolerance:
-                remarks[variant] = (
+                remark = (
                     f"torch's layer_norm: its gradients are {max(excused.values()):.0%} off in bf16"
                 )
+            prepared.append(_Prepared(variant, subject, run, error, remark))
             del results, required
         del expected
+        if self._machine.device.type == "cuda":
+            torch.cuda.empty_cache()  # for the others who prepare
+        return prepared
 
+    def _measure(
+        self, comparison: Comparison, prepared: list[_Prepared], backward: bool, min_rounds: int
+    ) -> None:
+        """Add a row for every variant."""
+        machine = self._machine
         turns = Turns(
-            {variant.name: run for variant, run in runners.items()},
+            {one.variant.name: one.run for one in prepared},
             machine.clock,
             machine.clock.min_sample_seconds,
         )
         fitting = int(self._seconds / turns.calibrate())
         rounds = fitting if self._seconds == 0 else min(max(fitting, min_rounds), MAX_ROUNDS)
         self._benchmark.pedantic(turns.round, rounds=max(rounds, 1))
-
-        label = DTYPE_LABEL[compute_dtype]
-        comparison = Comparison(
-            f"{title}, {label}",
-            conditions,
-            work.flops,
-            work.bytes,
-            *machine.floor(work, compute_dtype),
-        )
-        for variant, reason in rows.items():
-            row = Row(variant.name, variant.is_baseline, reason, remarks.get(variant))
-            if reason is None:
-                samples = turns.samples[variant.name]
-                row.rounds = len(samples)
-                row.median = statistics.median(samples)
-                row.minimum, row.maximum = min(samples), max(samples)
-                row.error = errors[variant]
-                waited = subjects[variant].waited
-                if waited is not None:
-                    row.data_wait_share = waited() / row.median
-                if backward:
-                    row.saved_for_backward = saved_for_backward(
-                        runners[variant], subjects[variant].held
-                    )
-                row.peak_memory = peak_memory(runners[variant], machine.device)
+        for one in prepared:
+            samples = turns.samples[one.variant.name]
+            row = Row(one.variant.name, one.variant.is_baseline, remark=one.remark, error=one.error)
+            row.rounds = len(samples)
+            row.median = statistics.median(samples)
+            row.minimum, row.maximum = min(samples), max(samples)
+            if one.subject.waited is not None:
+                row.data_wait_share = one.subject.waited() / row.median
+            if backward:
+                row.saved_for_backward = saved_for_backward(one.run, one.subject.held)
+            row.peak_memory = peak_memory(one.run, machine.device)
             comparison.rows.append(row)
-        comparison.fill_ratios()
-        self._benchmark.group = comparison.title
-        self._benchmark.extra_info.update(comparison.to_json())
-        self._outcomes.append(comparison)
-        return comparison
+
+
+class _Prepared(NamedTuple):
+    """A variant that is right, and ready to be timed."""
+
+    variant: Variant
+    subject: Subject
+    run: Callable[[], dict[str, Tensor]]
+    error: float
+    remark: str | None
 
 
 def _runner(variant: Variant, subject: Subject) -> Callable[[], dict[str, Tensor]]:

@@ -109,6 +109,8 @@ class Machine:
         A processor without bf16 instructions emulates them, tens of times slower than float32,
         which is nobody's choice and would take the suite's whole time.
         """
+        if self.device.type != "cpu":
+            return None
         rate, float32_rate = self.gemm_rate(torch.bfloat16), self.gemm_rate(torch.float32)
         if rate >= float32_rate / 4:
             return None
