@@ -4,10 +4,9 @@ An op is a folder beside this file. Its implementation for a backend is a functi
 name in a module of that folder, and one entry of `_SOURCES` registers it. All backends of an op
 take the same arguments, those of `deco_fast.ops`.
 
-By default a tensor on the CPU goes to `cpp`, where that implements the op, and everything else to
-`reference`. The environment variable `DECO_BACKEND` or
-`use_backend` force one backend for all ops; what it lacks is then an error and never a
-silent fallback.
+By default a tensor on the CPU goes to `cpp` and one on CUDA to `triton`, where these are there, and
+everything else to `reference`. The environment variable `DECO_BACKEND` or `use_backend` force one
+backend for all ops; what it lacks is then an error and never a silent fallback.
 """
 
 from __future__ import annotations
@@ -43,9 +42,7 @@ _SOURCES: Final[dict[tuple[str, str], str]] = {
     ("flow_matching_loss", "cpp"): "deco_fast.kernels.flow_matching_loss.fused",
 }
 
-# On CUDA it will be "triton" once its tests have passed on a GPU: so far they ran in Triton's
-# interpreter, which computes bfloat16 wrong and cannot show a race. DECO_BACKEND=triton forces it.
-_PREFERRED: Final = {"cpu": "cpp"}
+_PREFERRED: Final = {"cpu": "cpp", "cuda": "triton"}
 
 
 _BUILD: Final = "pip install --no-build-isolation -e ."

@@ -113,7 +113,7 @@ def test_a_fused_implementation_serves_its_device_alone(
     _add_implementation(monkeypatch, op, "triton", lambda *_: "triton")
     _add_implementation(monkeypatch, op, "cpp", lambda *_: "cpp")
     chosen = {device: registry.backend_for(op, device) for device in ("cpu", "cuda", "mps")}
-    assert chosen == {"cpu": "cpp", "cuda": "reference", "mps": "reference"}
+    assert chosen == {"cpu": "cpp", "cuda": "triton", "mps": "reference"}
     assert registry.implementation(op, torch.zeros(1))() == "cpp"
     assert ops.backends()[op] == {"reference": None, "triton": None, "cpp": None}
     with ops.use_backend("reference"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deco_fast.kernels import registration
+from deco_fast.kernels.capability import is_foreign
 from deco_fast.kernels.flow_matching_loss import reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,11 +25,13 @@ def flow_matching_loss(
     """See `deco_fast.losses.flow_matching_loss`.
 
     Differentiable with respect to prediction and target. Left to the reference: float64, a table
-    or timestep weights that want a gradient, and all inside of `torch.func` transforms.
+    or timestep weights that want a gradient, GPUs that are `is_foreign`, and all inside of `torch.func`
+    transforms.
     """
     learned = table.requires_grad or (timestep_weight is not None and timestep_weight.requires_grad)
     known = prediction.dtype in _DTYPES and target.dtype in _DTYPES
-    if learned or not known or registration.within_transform():
+    foreign = is_foreign(prediction)
+    if foreign or learned or not known or registration.within_transform():
         return reference.flow_matching_loss(prediction, target, table, weight, timestep_weight)
     with_gradient = torch.is_grad_enabled() and (prediction.requires_grad or target.requires_grad)
     total, flow_matching, frequency, _ = registration.flow_matching_loss(

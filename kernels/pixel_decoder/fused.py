@@ -7,6 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from deco_fast.kernels.capability import is_foreign
 from deco_fast.kernels.memory import keeps_block_inputs
 from deco_fast.kernels.pixel_decoder import reference
 from deco_fast.kernels.pixel_decoder.reference import PixelDecoderParameters
@@ -48,13 +49,15 @@ def pixel_decoder(
     """See `deco_fast.ops.pixel_decoder`.
 
     Left to the reference: sizes and dtypes that the kernels are not made for (`fits`), 64 channels
-    in float32 on GPUs with little shared memory, and all inside of `torch.func` transforms.
+    in float32 on GPUs with little shared memory, GPUs that are `is_foreign`, and all inside of `torch.func`
+    transforms.
 
     The computation is in the dtype of the tokens, under autocast in that of autocast, and so is
     the velocity. The parameters stay as they are, so that no converted copy of them waits for the
     backward pass.
     """
-    if within_transform() or not fits(x, tokens, parameters, patch_size):
+    foreign = is_foreign(tokens)
+    if foreign or within_transform() or not fits(x, tokens, parameters, patch_size):
         return reference.pixel_decoder(x, tokens, parameters, patch_size)
     device_type = tokens.device.type
     if torch.is_autocast_enabled(device_type):

@@ -1,0 +1,16 @@
+"""What a GPU can do, as far as the choice of an implementation depends on it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_foreign(tensor: Tensor) -> bool:
+    """Whether it lies on a GPU that the Triton kernels are not made for.
+
+    They are made for NVIDIA's from Ampere (sm_80) on, and have instructions of its assembly.
+    """
+    if not tensor.is_cuda:
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(tensor.device) < (8, 0)
