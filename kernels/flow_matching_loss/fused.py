@@ -25,8 +25,8 @@ def flow_matching_loss(
     """See `deco_fast.losses.flow_matching_loss`.
 
     Differentiable with respect to prediction and target. Left to the reference: float64, a table
-    or timestep weights that want a gradient, GPUs that are `is_foreign`, and all inside of `torch.func`
-    transforms.
+    or timestep weights that want a gradient, GPUs that are `is_foreign`, and all inside of
+    `torch.func` transforms.
     """
     learned = table.requires_grad or (timestep_weight is not None and timestep_weight.requires_grad)
     known = prediction.dtype in _DTYPES and target.dtype in _DTYPES

@@ -49,8 +49,8 @@ def pixel_decoder(
     """See `deco_fast.ops.pixel_decoder`.
 
     Left to the reference: sizes and dtypes that the kernels are not made for (`fits`), 64 channels
-    in float32 on GPUs with little shared memory, GPUs that are `is_foreign`, and all inside of `torch.func`
-    transforms.
+    in float32 on GPUs with little shared memory, GPUs that are `is_foreign`, and all inside of
+    `torch.func` transforms.
 
     The computation is in the dtype of the tokens, under autocast in that of autocast, and so is
     the velocity. The parameters stay as they are, so that no converted copy of them waits for the
