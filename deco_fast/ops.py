@@ -25,7 +25,10 @@ __all__ = [
     "flow_matching_loss",
     "keep_block_inputs",
     "linear_upsample",
+    "norm_modulate",
     "pixel_decoder",
+    "qk_norm_rope",
+    "swiglu",
     "use_backend",
 ]
 
@@ -90,6 +93,67 @@ def flow_matching_loss(
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = implementation(
         "flow_matching_loss", prediction
     )(prediction, target, table, weight, timestep_weight)
+    return result
+
+
+def qk_norm_rope(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    rotary: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries and keys normalised per head, then rotated, and the values (spec B.3, B.4).
+
+    Args:
+        qkv: (B, L, 3*H*d), as the linear layer leaves it: q, k, v, each head by head.
+        q_weight, k_weight: (d,), of RMSNorm.
+        rotary: (L, d/2, 2), cosine and sine of the rotation of adjacent channels.
+        eps: inside of the root.
+
+    Returns:
+        q, k, v, each (B, H, L, d), in any layout that attention takes.
+    """
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = implementation("qk_norm_rope", qkv)(
+        qkv, q_weight, k_weight, rotary, eps
+    )
+    return result
+
+
+def norm_modulate(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """RMSNorm, then AdaLN's modulation: norm(x)·weight·(1 + scale) + shift (spec B.3).
+
+    Args:
+        x: (B, L, D).
+        weight: (D,), of RMSNorm.
+        shift, scale: (B, 1, D).
+        eps: inside of the root.
+
+    Returns:
+        (B, L, D) in the dtype of x.
+    """
+    result: torch.Tensor = implementation("norm_modulate", x)(x, weight, shift, scale, eps)
+    return result
+
+
+def swiglu(x: torch.Tensor, w1: torch.Tensor, w3: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+    """The DiT's MLP, w2 (silu(w1 x) · w3 x), without biases (spec B.3).
+
+    Args:
+        x: (..., D).
+        w1, w3: (I, D).
+        w2: (D, I).
+
+    Returns:
+        (..., D).
+    """
+    result: torch.Tensor = implementation("swiglu", x)(x, w1, w3, w2)
     return result
 
 

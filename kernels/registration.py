@@ -330,6 +330,115 @@ torch.library.register_autograd(
 )
 
 
+# --- qk_norm_rope, norm_modulate ----------------------------------------------------------------
+# On CUDA alone: a CPU computes them as torch's own operations.
+
+_ON_GPU: Final = ("cpu", "cuda") if INTERPRETED else ("cuda",)
+
+_define(
+    "qk_norm_rope",
+    "(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor rotary, float eps) "
+    "-> (Tensor q, Tensor k, Tensor v)",
+    "forward",
+    _ON_GPU,
+)
+_define(
+    "qk_norm_rope_backward",
+    "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor qkv, Tensor q_weight, Tensor k_weight, "
+    "Tensor rotary, float eps) -> (Tensor grad_qkv, Tensor grad_q_weight, Tensor grad_k_weight)",
+    "backward",
+    _ON_GPU,
+)
+
+
+@torch.library.register_fake("deco_fast::qk_norm_rope")
+def _(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rotary: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, width = qkv.shape
+    head_size = q_weight.shape[0]
+    shape = batch, tokens, width // (3 * head_size), head_size
+    return qkv.new_empty(shape), qkv.new_empty(shape), qkv.new_empty(shape)
+
+
+@torch.library.register_fake("deco_fast::qk_norm_rope_backward")
+def _(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rotary: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        qkv.new_empty(qkv.shape),
+        q_weight.new_empty(q_weight.shape),
+        k_weight.new_empty(k_weight.shape),
+    )
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, eps = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.eps = eps
+
+
+def _qk_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = fused_ops.qk_norm_rope_backward(*grads, *ctx.saved_tensors, ctx.eps)
+    return *gradients, None, None
+
+
+torch.library.register_autograd("deco_fast::qk_norm_rope", _qk_backward, setup_context=_keep_inputs)
+torch.library.register_autograd(
+    "deco_fast::qk_norm_rope_backward", _not_differentiable_again("qk_norm_rope")
+)
+
+_define(
+    "norm_modulate",
+    "(Tensor x, Tensor weight, Tensor shift, Tensor scale, float eps) -> Tensor",
+    "forward",
+    _ON_GPU,
+)
+_define(
+    "norm_modulate_backward",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor shift, Tensor scale, float eps) "
+    "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_shift, Tensor grad_scale)",
+    "backward",
+    _ON_GPU,
+)
+
+
+@torch.library.register_fake("deco_fast::norm_modulate")
+def _(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("deco_fast::norm_modulate_backward")
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        shift.new_empty(shift.shape),
+        scale.new_empty(scale.shape),
+    )
+
+
+def _norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *fused_ops.norm_modulate_backward(grad, *ctx.saved_tensors, ctx.eps), None
+
+
+torch.library.register_autograd(
+    "deco_fast::norm_modulate", _norm_backward, setup_context=_keep_inputs
+)
+torch.library.register_autograd(
+    "deco_fast::norm_modulate_backward", _not_differentiable_again("norm_modulate")
+)
+
+
 # --- packed_linear ------------------------------------------------------------------------------
 # For inference on a CPU: no gradients. `weight` is laid out by `packed_linear/cpu.py`.
 

@@ -26,7 +26,14 @@ from deco_fast.errors import UserError
 from deco_fast.kernels.registration import INTERPRETED
 from deco_fast.kernels.sources import fingerprint
 
-OPS: Final = ("linear_upsample", "pixel_decoder", "flow_matching_loss")
+OPS: Final = (
+    "linear_upsample",
+    "pixel_decoder",
+    "flow_matching_loss",
+    "qk_norm_rope",
+    "norm_modulate",
+    "swiglu",
+)
 BACKENDS: Final = ("reference", "triton", "cpp")
 
 _SOURCES: Final[dict[tuple[str, str], str]] = {
@@ -40,6 +47,16 @@ _SOURCES: Final[dict[tuple[str, str], str]] = {
     ("pixel_decoder", "cpp"): "deco_fast.kernels.pixel_decoder.fused",
     ("flow_matching_loss", "triton"): "deco_fast.kernels.flow_matching_loss.fused",
     ("flow_matching_loss", "cpp"): "deco_fast.kernels.flow_matching_loss.fused",
+    # Of the DiT: a CPU gains nothing from these.
+    ("qk_norm_rope", "reference"): "deco_fast.kernels.qk_norm_rope.reference",
+    ("qk_norm_rope", "triton"): "deco_fast.kernels.qk_norm_rope.fused",
+    ("qk_norm_rope", "cpp"): "deco_fast.kernels.qk_norm_rope.reference",
+    ("norm_modulate", "reference"): "deco_fast.kernels.norm_modulate.reference",
+    ("norm_modulate", "triton"): "deco_fast.kernels.norm_modulate.fused",
+    ("norm_modulate", "cpp"): "deco_fast.kernels.norm_modulate.reference",
+    ("swiglu", "reference"): "deco_fast.kernels.swiglu.reference",
+    ("swiglu", "triton"): "deco_fast.kernels.swiglu.joined",
+    ("swiglu", "cpp"): "deco_fast.kernels.swiglu.reference",
 }
 
 _PREFERRED: Final = {"cpu": "cpp", "cuda": "triton"}

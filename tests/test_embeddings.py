@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deco_fast.kernels.pixel_decoder.reference import pixel_position_features
+from deco_fast.kernels.qk_norm_rope.reference import apply_rotary
 from deco_fast.models.embeddings import (
     TimestepEmbedder,
-    apply_rotary,
     rotary_table,
     timestep_embedding,
 )

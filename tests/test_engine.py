@@ -82,10 +82,20 @@ class TestAgreement:
         ids=str,
     )
     def test_every_way_of_sampling(self, changes: dict[str, object]) -> None:
-        model, settings = random_model(), replace(GUIDED, **changes)  # type: ignore[arg-type]
+        settings = replace(GUIDED, **changes)  # type: ignore[arg-type]
         start, labels = noise(3), [0, 7, 7]
-        engine = SamplingEngine(model, settings, batch_size=3)
-        assert error(engine(start, labels), plain(model, start, labels, settings)) < 1e-5
+
+        def both(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            """By the engine and by the plain loop."""
+            model = random_model().to(dtype)
+            images = SamplingEngine(model, settings, batch_size=3)(start.to(dtype), labels)
+            return images, plain(model, start.to(dtype), labels, settings)
+
+        images, exact = both(torch.float64)
+        assert error(images, exact) < 1e-11
+        # Adams' method of high order amplifies rounding, on some processors to more than 1e-5.
+        images, loop = both(torch.float32)
+        assert error(images, exact) < 1e-5 + 2 * error(loop, exact)
 
     def test_float64(self) -> None:
         model = random_model().double()
@@ -109,13 +119,14 @@ class TestAgreement:
         assert error(images, plain(model, start, labels, GUIDED)) < 1e-5
 
     def test_a_table_that_holds_a_part_of_the_run(self) -> None:
-        model, start = random_model(), noise(2)
+        # Not bit by bit: libraries may round a product of fewer rows otherwise.
+        model, start = random_model().double(), noise(2).double()
         whole = SamplingEngine(model, batch_size=2)(start, [1, 2])
-        row = CONFIG.depth * 6 * CONFIG.hidden_size * 4
+        row = CONFIG.depth * 6 * CONFIG.hidden_size * 8
         for evaluations in (0, 1, 4):
             engine = SamplingEngine(model, batch_size=2, table_bytes=3 * row * evaluations)
             assert engine._table.span == max(1, evaluations)
-            assert torch.equal(engine(start, [1, 2]), whole)
+            assert error(engine(start, [1, 2]), whole) < 1e-13
 
     def test_images_can_be_used_in_training(self) -> None:
         images = SamplingEngine(random_model(), batch_size=1)(noise(1), [0])

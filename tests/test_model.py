@@ -501,7 +501,8 @@ def test_the_whole_model_can_run_on_flash_attn(flash_calls: list[tuple[int, ...]
     model, (x, t, y) = tiny_model().bfloat16(), inputs()
     expected = model(x, t, y)
     assert flash_calls == []
-    velocity = model(x.as_subclass(AsIfOnCuda), t, y).as_subclass(Tensor)
+    with ops.use_backend("reference"):  # Triton's kernels would ask for the GPU
+        velocity = model(x.as_subclass(AsIfOnCuda), t, y).as_subclass(Tensor)
     assert flash_calls == [(2, 6, 2, 8)] * 2
     assert relative_error(velocity, expected) <= 0.05
 

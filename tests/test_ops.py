@@ -68,6 +68,14 @@ def _arguments(op: str, parameters: PixelDecoderParameters) -> tuple[object, ...
         ),
         "pixel_decoder": (image, tokens, parameters, PATCH),
         "flow_matching_loss": (image, torch.randn_like(image), torch.rand(3, 8, 8), 0.5),
+        "qk_norm_rope": (
+            torch.randn(2, 6, 3 * 2 * 4),
+            *torch.rand(2, 4),
+            torch.rand(6, 2, 2),
+            1e-6,
+        ),
+        "norm_modulate": (tokens, torch.rand(HIDDEN), *torch.rand(2, 2, 1, HIDDEN), 1e-6),
+        "swiglu": (tokens, *torch.rand(2, 5, HIDDEN), torch.rand(HIDDEN, 5)),
     }[op]
 
 
@@ -92,6 +100,9 @@ def _add_implementation(
         ("linear_upsample", [(12, 16, 8)]),
         ("pixel_decoder", [(2, 3, 8, 12)]),
         ("flow_matching_loss", [(), (), ()]),
+        ("qk_norm_rope", [(2, 2, 6, 4)] * 3),
+        ("norm_modulate", [(2, 6, HIDDEN)]),
+        ("swiglu", [(2, 6, HIDDEN)]),
     ],
 )
 def test_each_op_is_the_reference(

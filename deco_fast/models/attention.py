@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import attention as registry
 
-from deco_fast.models.embeddings import apply_rotary
+from deco_fast import ops
 from deco_fast.models.norm import RMSNorm
 
 try:
@@ -76,7 +76,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         """x (B, L, D) and the rotary table (L, head_dim/2, 2) to (B, L, D)."""
-        q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.num_heads)
-        q = apply_rotary(self.q_norm(q), rotary)
-        k = apply_rotary(self.k_norm(k), rotary)
+        q, k, v = ops.qk_norm_rope(
+            self.qkv(x), self.q_norm.weight, self.k_norm.weight, rotary, self.q_norm.eps
+        )
         return self.proj(rearrange(attention(q, k, v), "b h l d -> b l (h d)"))

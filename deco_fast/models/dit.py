@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deco_fast import ops
 from deco_fast.models.attention import Attention
 from deco_fast.models.config import DeCoConfig
 from deco_fast.models.norm import RMSNorm
@@ -20,12 +20,7 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(inner_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x · (1 + scale) + shift."""
-    return x * (1 + scale) + shift
+        return ops.swiglu(x, self.w1.weight, self.w3.weight, self.w2.weight)
 
 
 class DiTBlock(nn.Module):
@@ -42,5 +37,10 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, rotary: Tensor) -> Tensor:
         """Tokens x (B, L, D) under the activated condition (B, 1, D) to (B, L, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
-        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1), rotary)
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        attended = self.attention(_norm_modulate(x, self.norm1, shift1, scale1), rotary)
+        x = x + gate1 * attended
+        return x + gate2 * self.mlp(_norm_modulate(x, self.norm2, shift2, scale2))
+
+
+def _norm_modulate(x: Tensor, norm: RMSNorm, shift: Tensor, scale: Tensor) -> Tensor:
+    return ops.norm_modulate(x, norm.weight, shift, scale, norm.eps)

@@ -59,11 +59,3 @@ def rotary_table(
     place = torch.stack([grid_x, grid_y], dim=-1).reshape(-1, 1, 2)
     angle = (place * frequency[:, None]).flatten(1)
     return torch.stack([angle.cos(), angle.sin()], dim=-1)
-
-
-def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
-    """Turn adjacent channel pairs of x (B, heads, L, head_dim) by the table; float32 inside."""
-    cos, sin = table.unbind(-1)
-    even, odd = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return turned.flatten(-2).to(x.dtype)

@@ -7,7 +7,7 @@ computed before the sampling loop (`deco_fast.sampling.modulation`). What is lef
 - w1 and w3 of SwiGLU are one product.
 - The channels of a head are reordered, [0, 2, 4, …, 1, 3, 5, …], in q and k alike, which leaves
   q·k as it is: the pairs that rotary embedding turns are then the halves of a head, and vectors
-  need no shuffling.
+  need no shuffling. Where a fused kernel turns them (`ops.qk_norm_rope`), they stay where they are.
 - On a CPU the weights are packed (`deco_fast.kernels.packed_linear`).
 
 Nothing here is saved: a prepared block is derived from a `DiTBlock` and forgotten.
@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from deco_fast import ops
 from deco_fast.kernels.packed_linear.cpu import can_pack, interleave, pack, packed_linear
 from deco_fast.kernels.registry import is_allowed
+from deco_fast.kernels.swiglu.joined import fill, join
 from deco_fast.models.attention import attention
 from deco_fast.models.dit import DiTBlock, SwiGLU
 from deco_fast.models.embeddings import rotary_table
@@ -39,10 +41,12 @@ class WeightLayout:
     Attributes:
         packed: for the block products of a CPU; else as in `nn.Linear`.
         three_products: float32 products as three bfloat16 ones, with packed weights.
+        halves: whether the channels of a head are reordered.
     """
 
     packed: bool
     three_products: bool = False
+    halves: bool = True
 
     @classmethod
     def best(cls, device: torch.device, dtype: torch.dtype, width: int) -> WeightLayout:
@@ -53,7 +57,8 @@ class WeightLayout:
         """
         ours = device.type == "cpu" and width >= _PACK_FROM_WIDTH and is_allowed("cpp")
         if not ours or not can_pack(dtype):
-            return cls(packed=False)
+            halves = ops.backend_for("qk_norm_rope", device.type) != "triton"
+            return cls(packed=False, halves=halves)
         allowed = torch.get_float32_matmul_precision() != "highest"
         three_products = dtype == torch.float32 and allowed and can_pack(torch.bfloat16)
         return cls(packed=True, three_products=three_products)
@@ -90,12 +95,12 @@ class PackedSwiGLU(nn.Module):
 
 
 class MergedSwiGLU(nn.Module):
-    """w2(silu(w1 x) · w3 x) with w1 and w3 in one product."""
+    """w2(silu(w1 x) · w3 x) with w1 and w3 in one product, of a width that GPUs like."""
 
     def __init__(self, mlp: SwiGLU) -> None:
         super().__init__()
-        self.w1_w3 = _linear(torch.cat([mlp.w1.weight, mlp.w3.weight]), None)
-        self.w2 = _linear(mlp.w2.weight, None)
+        self.w1_w3 = _linear(join(mlp.w1.weight, mlp.w3.weight), None)
+        self.w2 = _linear(fill(mlp.w2.weight), None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, D) to (…, D)."""
@@ -111,9 +116,14 @@ class PreparedBlock(nn.Module):
         attention = block.attention
         self.num_heads = attention.num_heads
         self.eps = block.norm1.eps
-        qkv = _halve_pairs_of_qk(attention.qkv.weight, self.num_heads)
-        self.q_norm = nn.Buffer(_halve_pairs(attention.q_norm.weight))
-        self.k_norm = nn.Buffer(_halve_pairs(attention.k_norm.weight))
+        self.halves = layout.halves
+        qkv, q_norm, k_norm = (
+            layer.weight for layer in (attention.qkv, attention.q_norm, attention.k_norm)
+        )
+        if layout.halves:
+            qkv = _halve_pairs_of_qk(qkv, self.num_heads)
+            q_norm, k_norm = _halve_pairs(q_norm), _halve_pairs(k_norm)
+        self.q_norm, self.k_norm = nn.Buffer(q_norm.detach()), nn.Buffer(k_norm.detach())
         self.mlp: nn.Module
         if layout.packed:
             self.qkv: nn.Module = PackedLinear(qkv, None, layout)
@@ -131,7 +141,7 @@ class PreparedBlock(nn.Module):
             x: tokens (B, L, D).
             modulation: (B, 6, D): shift, scale and gate of attention, then of the MLP, the scales
                 as `fold_norms` makes them.
-            rotary: (2, L, head_dim/2), cosines and sines in float32.
+            rotary: from `prepared_rotary_table`.
 
         Returns:
             (B, L, D).
@@ -141,17 +151,21 @@ class PreparedBlock(nn.Module):
         return x + gate2 * self.mlp(_norm_modulate(x, shift2, scale2, self.eps))
 
     def _attend(self, x: Tensor, rotary: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.num_heads)
-        q = _norm_rotate(q, self.q_norm, rotary, self.eps)
-        k = _norm_rotate(k, self.k_norm, rotary, self.eps)
+        if self.halves:
+            q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.num_heads)
+            q = _norm_rotate(q, self.q_norm, rotary, self.eps)
+            k = _norm_rotate(k, self.k_norm, rotary, self.eps)
+        else:
+            q, k, v = ops.qk_norm_rope(self.qkv(x), self.q_norm, self.k_norm, rotary, self.eps)
         return self.proj(rearrange(attention(q, k, v), "b h l d -> b l (h d)"))
 
 
 def prepared_rotary_table(
-    height: int, width: int, head_dim: int, device: torch.device | None = None
+    height: int, width: int, head_dim: int, device: torch.device, layout: WeightLayout
 ) -> Tensor:
-    """`rotary_table` as the prepared blocks take it, (2, height·width, head_dim/2)."""
-    return rotary_table(height, width, head_dim, device).permute(2, 0, 1).contiguous()
+    """`rotary_table` as blocks of this layout take it: with halves, (2, tokens, head_dim/2)."""
+    table = rotary_table(height, width, head_dim, device)
+    return table.permute(2, 0, 1).contiguous() if layout.halves else table
 
 
 def fold_norms(modulation: Tensor, block: DiTBlock) -> Tensor:

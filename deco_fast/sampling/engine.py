@@ -113,7 +113,8 @@ class SamplingEngine:
             PreparedBlock(cast(DiTBlock, block), layout) for block in self.model.blocks
         )
         self._rotary = prepared_rotary_table(
-            height // config.patch_size, width // config.patch_size, config.head_dim, device
+            *(height // config.patch_size, width // config.patch_size, config.head_dim),
+            *(device, layout),
         )
         shape = (self.batch_size, *self.image_shape)
         self._x = torch.zeros(shape, dtype=self._state_dtype, device=device)
