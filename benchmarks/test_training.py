@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from benchmarks.comparison import Compare, Subject
 from benchmarks.inputs import randomize
 from benchmarks.settings import Settings
 from benchmarks.test_loader import photograph
-from benchmarks.variants import AUTOCAST, FLOAT32, Precision, Variant
-from benchmarks.work import FLOAT32_BYTES, Images, parameter_count, training_work
+from benchmarks.variants import AUTOCAST, FLOAT32, REFERENCE, Precision, Variant
+from benchmarks.work import (
+    FLOAT32_BYTES,
+    Images,
+    encoder_flops,
+    parameter_count,
+    training_work,
+)
+from deco_fast.alignment.dinov2 import DINOv2, random_dinov2
+from deco_fast.alignment.features import Features
 from deco_fast.config import RunConfig
 from deco_fast.data import DigitsDataset, EpochBatches, FolderImages, ImageDataset, read_batches
 from deco_fast.data.loader import Batch
+from deco_fast.models.deco import DeCo
 from deco_fast.models.presets import PRESETS
+from deco_fast.training import parallel
 from deco_fast.training.distributed import Processes
 from deco_fast.training.step import TrainingStep
 
@@ -35,6 +47,9 @@ GRADIENT_TOLERANCE = 0.15
 LEARNING_RATE = 1e-30
 
 PHOTOGRAPHS = 8
+
+EXACT = Variant(REFERENCE, compiled=False, precision=FLOAT32)
+"""What all others are compared with."""
 
 
 def run_config(name: str, images: Images) -> RunConfig:
@@ -61,6 +76,17 @@ def run_config(name: str, images: Images) -> RunConfig:
     )
 
 
+@contextmanager
+def recomputed_activations(model: DeCo) -> Iterator[None]:
+    """Blocks that keep their inputs alone for the backward pass, for the time of a step."""
+    parallel.recompute_activations(model)
+    try:
+        yield
+    finally:
+        for block in model.blocks:
+            del block.forward
+
+
 @pytest.mark.parametrize("precision", [FLOAT32, AUTOCAST], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     "name",
@@ -78,6 +104,19 @@ def test_training_step(
     images = Images(batch_size, card.height, card.width)
     settings.require_memory(COPIES * FLOAT32_BYTES * parameter_count(model_config))
     device = settings.device
+    aligned = name != "deco-digits"
+    encoder_work = encoder_flops(images) if aligned else 0
+
+    @cache
+    def encoder(compiled: bool) -> Features | None:
+        """REPA's, with random weights; compiled for whoever compiles."""
+        if not aligned:
+            return None
+        if not compiled:
+            return Features(DINOv2(random_dinov2()).to(device))
+        eager = encoder(False)
+        assert eager is not None
+        return Features(torch.compile(eager.encoder, dynamic=False))  # type: ignore[arg-type]
 
     @cache
     def dataset() -> DigitsDataset | ImageDataset:
@@ -96,7 +135,7 @@ def test_training_step(
 
     @cache
     def training() -> TrainingStep:
-        step = TrainingStep(run_config(name, images), Processes(0, 1, device))
+        step = TrainingStep(run_config(name, images), Processes(0, 1, device), encoder(False))
         randomize(step.model)
         return step
 
@@ -121,10 +160,13 @@ def test_training_step(
             batch = next(source)
             waited += time.perf_counter() - asked
             calls += 1
-            step.network = losses
+            step.network, step.features = losses, encoder(variant.compiled)
             step.objective.bf16 = variant.precision.autocast
             hook = step.optimizer.register_step_pre_hook(keep)
-            figures = step(0, batch)
+            # What the others are held to must fit beside them.
+            lean = aligned and variant == EXACT
+            with recomputed_activations(step.model) if lean else nullcontext():
+                figures = step(0, batch)
             hook.remove()
             results = {"loss": figures.values[0], **gradients}
             gradients.clear()
@@ -132,13 +174,16 @@ def test_training_step(
 
         return Subject(run, tuple(step.objective.parameters()), lambda: waited / calls)
 
+    # Weights, two moments and the average; gradients come and go with the step.
+    held = 4 * FLOAT32_BYTES * parameter_count(model_config)
     compare(
         f"training step, {name}",
-        f"batch, draws, forward, loss, backward, AdamW, moving average; {images}",
+        f"batch, {'DINOv2-B, ' if aligned else ''}draws, forward, loss, backward, AdamW, moving "
+        f"average; weights, moments and average hold {held / 2**30:.1f} GiB besides; {images}",
         op_names=("pixel_decoder", "flow_matching_loss"),
         precisions=(precision,),
         build=build,
-        work=training_work(model_config, images),
+        work=training_work(model_config, images, encoder_work),
         backward=True,
         compile_fused=True,
         bfloat16_tolerance=GRADIENT_TOLERANCE,

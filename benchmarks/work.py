@@ -173,7 +173,21 @@ def model_work(config: DeCoConfig, images: Images, element_bytes: int = FLOAT32_
     return Work(model_flops(config, images, backward=False), elements * element_bytes)
 
 
-def training_work(config: DeCoConfig, images: Images) -> Work:
+def encoder_flops(images: Images) -> int:
+    """DINOv2-B/14's forward for REPA, on 14/16 of the size: as many patches as the DiT has tokens.
+
+    A block, with L tokens (one of them the class's) and width D:
+
+        2·L·D·3D (q, k, v) + 4·L²·D (attention) + 2·L·D² (projection) + 2·2·L·D·4D (MLP)
+    """
+    width, depth, patch = 768, 12, 14
+    patches = images.tokens(16)
+    length = patches + 1
+    block = 24 * length * width**2 + 4 * length**2 * width
+    return images.batch * (2 * patches * 3 * patch**2 * width + depth * block)
+
+
+def training_work(config: DeCoConfig, images: Images, encoder: int = 0) -> Work:
     """A training iteration: forward, loss, backward, AdamW; float32 weights.
 
     A weight moves ten times: read in forward and backward, its gradient written and read, it and
@@ -182,7 +196,7 @@ def training_work(config: DeCoConfig, images: Images) -> Work:
     """
     moves = 10 * parameter_count(config) + images.values
     return Work(
-        model_flops(config, images, backward=True) + loss_flops(images, backward=True),
+        model_flops(config, images, backward=True) + loss_flops(images, backward=True) + encoder,
         moves * FLOAT32_BYTES,
     )
 
