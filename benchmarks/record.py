@@ -106,7 +106,7 @@ def pieces(device: str, trial: bool, out: Path) -> Iterator[Piece]:
             *("-k", f"{model}-bf16", "--paper"),
             *batch,
             seconds=300,
-            gib=45 if model == "deco-l" else 62,
+            gib=35 if model == "deco-l" else 50,
         )
     for precision in ("bf16", "fp32"):
         test = "benchmarks/test_decoder.py"

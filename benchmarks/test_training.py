@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -130,7 +131,7 @@ def test_training_step(
     def batches() -> Iterator[Batch]:
         """From the first one on, read as `train.py` reads them."""
         order = EpochBatches(len(dataset()), batch_size, seed=0)
-        workers = 0 if name == "deco-digits" else 1
+        workers = 0 if name == "deco-digits" else max(1, (os.cpu_count() or 1) // 4)
         return read_batches(dataset(), order, workers=workers, prefetch=2, device=device)
 
     @cache

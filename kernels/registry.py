@@ -159,6 +159,11 @@ def check_backend(*ops: str) -> None:
             )
 
 
+def is_forced() -> bool:
+    """Whether one backend is forced for all ops."""
+    return _forced is not None
+
+
 def is_allowed(backend: str) -> bool:
     """Whether no other backend is forced."""
     return _forced in (None, backend)

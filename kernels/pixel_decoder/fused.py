@@ -7,6 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from deco_fast.kernels import registry
 from deco_fast.kernels.capability import is_foreign
 from deco_fast.kernels.memory import keeps_block_inputs
 from deco_fast.kernels.pixel_decoder import reference
@@ -49,8 +50,9 @@ def pixel_decoder(
     """See `deco_fast.ops.pixel_decoder`.
 
     Left to the reference: sizes and dtypes that the kernels are not made for (`fits`), 64 channels
-    in float32 on GPUs with little shared memory, GPUs that are `is_foreign`, and all inside of
-    `torch.func` transforms.
+    in float32 on GPUs with little shared memory, training in float32 on a GPU (where the Triton
+    kernels save memory and no time) unless a backend is forced, GPUs that are `is_foreign`, and
+    all inside of `torch.func` transforms.
 
     The computation is in the dtype of the tokens, under autocast in that of autocast, and so is
     the velocity. The parameters stay as they are, so that no converted copy of them waits for the
@@ -73,6 +75,8 @@ def pixel_decoder(
     trained = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (x, tokens, p.upsample_weight, p.upsample_bias, *small)
     )
+    if trained and tokens.is_cuda and tokens.dtype == torch.float32 and not registry.is_forced():
+        return reference.pixel_decoder(x, tokens, parameters, patch_size)
     velocity, _, _ = fused_ops.pixel_decoder(
         *(x, tokens, p.upsample_weight, p.upsample_bias, small, patch_size),
         trained and keeps_block_inputs(),
