@@ -106,12 +106,12 @@ def pieces(device: str, trial: bool, out: Path) -> Iterator[Piece]:
             *("-k", f"{model}-bf16", "--paper"),
             *batch,
             seconds=300,
-            gib=35 if model == "deco-l" else 50,
+            gib=30 if model == "deco-l" else 45,
         )
     for precision in ("bf16", "fp32"):
         test = "benchmarks/test_decoder.py"
-        yield benchmark(f"decoder-{precision}", test, "-k", precision, *batch, seconds=120, gib=20)
-    yield benchmark("loss", "benchmarks/test_loss.py", *batch, seconds=60)
+        yield benchmark(f"decoder-{precision}", test, "-k", precision, *batch, seconds=120, gib=12)
+    yield benchmark("loss", "benchmarks/test_loss.py", *batch, seconds=60, gib=3)
     if trial:
         yield benchmark(
             "sampling", "benchmarks/test_sampling.py", "-k", "deco-digits and bf16", seconds=60
@@ -124,7 +124,7 @@ def pieces(device: str, trial: bool, out: Path) -> Iterator[Piece]:
                     "benchmarks/test_sampling.py",
                     *("-k", f"{case} and bf16", "--paper", "--batch", str(images)),
                     seconds=240 if images < 64 else 400,
-                    gib=8 if images == 1 else 14 if images == 16 else 40,
+                    gib=6 if images == 1 else 10 if images == 16 else 25,
                 )
     for start in ("cold", "second"):
         command = (python, "-m", "benchmarks.cold_start", "--device", device)
