@@ -12,7 +12,9 @@ WORKERS ?= auto
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check install --constraint constraints.txt
-pytest := $(python) -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup
+# A worker gets whole modules and classes, so that what their tests share is made once.
+pytest := $(python) -m pytest --numprocesses $(WORKERS) --maxprocesses 8 \
+	--dist loadscope --no-loadscope-reorder
 torch := $(VENV)/.deco-torch
 runtime := $(VENV)/.deco-runtime
 development := $(VENV)/.deco-development

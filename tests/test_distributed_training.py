@@ -96,7 +96,6 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize(("first", "last"), [("ddp", "fsdp"), ("fsdp", "ddp"), ("fsdp", "fsdp")])
 def test_two_then_one_then_two_processes_equal_the_unbroken_run(
     tmp_path: Path, unbroken: dict[str, Path], first: str, last: str

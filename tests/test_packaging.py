@@ -262,10 +262,9 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("builds")
 @needs_build_tools
-class TestWheel:
-    """`pip install .`, in an environment of its own."""
+class TestInstalled:
+    """`pip install .` and `pip install -e .`, each in an environment of its own."""
 
     def test_contents(self, wheel: Path) -> None:
         names = set(zipfile.ZipFile(wheel).namelist())
@@ -310,26 +309,24 @@ class TestWheel:
             assert "error:" in result.stderr
             assert "Traceback" not in result.stderr
 
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("builds")
-@needs_build_tools
-@pytest.mark.parametrize("mode", ["lenient", "strict"])
-def test_editable_install(mode: str, tmp_path: Path, compile_once: dict[str, str]) -> None:
-    sources = _copy_of_the_sources(tmp_path / "sources")
-    python = _environment(tmp_path / "venv")
-    options = ["--ignore-installed", "--config-settings", f"editable_mode={mode}"]
-    result = _pip("install", python, *options, "--editable", sources, **compile_once)
-    assert result.returncode == 0, result.stderr
-    for cwd in (sources, tmp_path):
-        found = _probe([str(python)], cwd)
-        _assert_sound(found)
-        assert sources in Path(found["registry"]).resolve().parents
-    # An edit is seen without a new installation: that is what editable is for.
-    with (sources / "kernels" / "registry.py").open("a") as file:
-        file.write("\nprint('edited')\n")
-    result = _run([str(python), "-c", "import deco_fast.kernels.registry"], tmp_path)
-    assert result.stdout == "edited\n", result.stderr
+    @pytest.mark.parametrize("mode", ["lenient", "strict"])
+    def test_editable_install(
+        self, mode: str, tmp_path: Path, compile_once: dict[str, str]
+    ) -> None:
+        sources = _copy_of_the_sources(tmp_path / "sources")
+        python = _environment(tmp_path / "venv")
+        options = ["--ignore-installed", "--config-settings", f"editable_mode={mode}"]
+        result = _pip("install", python, *options, "--editable", sources, **compile_once)
+        assert result.returncode == 0, result.stderr
+        for cwd in (sources, tmp_path):
+            found = _probe([str(python)], cwd)
+            _assert_sound(found)
+            assert sources in Path(found["registry"]).resolve().parents
+        # An edit is seen without a new installation: that is what editable is for.
+        with (sources / "kernels" / "registry.py").open("a") as file:
+            file.write("\nprint('edited')\n")
+        result = _run([str(python), "-c", "import deco_fast.kernels.registry"], tmp_path)
+        assert result.stdout == "edited\n", result.stderr
 
 
 @pytest.mark.slow
