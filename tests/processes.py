@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -33,9 +34,15 @@ TINY = [
 
 
 # What a process of a run imports takes longer than the run: a server imports it once, and every
-# process is a fork of it.
+# process is a fork of it. A process of Python has one such server, so it is the loader's as well.
 multiprocessing.set_forkserver_preload(
-    ["deco_fast.cli.train", "pytest", "torch._dynamo", "torch.utils.tensorboard"]
+    [
+        "deco_fast.data.worker_server",
+        "deco_fast.cli.train",
+        "pytest",
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+    ]
 )
 
 
@@ -53,7 +60,8 @@ def in_processes(count: int, function: Callable[..., None], *arguments: Any) -> 
         _call,
         args=(environment, function, arguments),
         nprocs=count,
-        start_method="forkserver",
+        # Windows has no fork server.
+        start_method="forkserver" if hasattr(os, "fork") else "spawn",
     )
 
 
@@ -63,7 +71,8 @@ def _call(
     function: Callable[..., None],
     arguments: tuple[Any, ...],
 ) -> None:
-    # The server's environment is that of the first call.
+    # The server ignores it, and its environment is that of the first call.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.clear()
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from image_sets import noise, write, write_tar
-from processes import TINY, assert_identical, in_processes, weights
+from processes import TINY, assert_identical, weights
 
 from deco_fast.checkpoint import load_training_state
 from deco_fast.cli.train import main
@@ -309,10 +309,6 @@ def train(root: Path, out: Path, steps: int, *options: str) -> int:
     )
 
 
-def train_well(root: Path, out: Path, steps: int, *options: str) -> None:
-    assert train(root, out, steps, *options) == 0
-
-
 def test_a_run_resumes_in_the_middle_of_an_epoch(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,7 +398,20 @@ def test_bad_data_options_are_one_line(
 @pytest.mark.parametrize("root", ["shards"], indirect=True)
 def test_two_processes_see_the_same_data_and_damage(root: Path, tmp_path: Path) -> None:
     assert train(root, tmp_path / "one", 6) == 0
-    in_processes(2, train_well, root, tmp_path / "two", 6, "--data.workers=1")
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
+            *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "train.py", *TINY),
+            *(*data_options(root), "--training.steps=6", "--data.workers=1"),
+            *("--device=cpu", f"--out={tmp_path / 'two'}"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
     states = [
         load_training_state(tmp_path / name / "checkpoints/step-00000006")["loader"]
         for name in ("one", "two")
