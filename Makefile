@@ -4,12 +4,17 @@
 #            TORCH_INDEX  options for pip that say where torch comes from: on Linux the package
 #                     index has only builds with gigabytes of CUDA libraries, and PyTorch's own
 #                     index of CPU builds spares them a machine without a GPU
+#            WORKERS  processes that share the tests; auto is one for each core
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= auto
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check install --constraint constraints.txt
+# A worker gets whole modules and classes, so that what their tests share is made once.
+pytest := $(python) -m pytest --numprocesses $(WORKERS) --maxprocesses 8 \
+	--dist loadscope --no-loadscope-reorder
 torch := $(VENV)/.deco-torch
 runtime := $(VENV)/.deco-runtime
 development := $(VENV)/.deco-development
@@ -35,10 +40,10 @@ train: $(runtime)
 	$(python) train.py
 
 test: $(development)
-	$(python) -m pytest -m "not soak"
+	$(pytest) -m "not soak"
 
 test-quick: $(development)
-	$(python) -m pytest -m "not slow and not soak"
+	$(pytest) -m "not slow and not soak"
 
 soak: $(development)
 	$(python) -m pytest -m soak

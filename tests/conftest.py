@@ -5,6 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 
+# Set in the workers of pytest-xdist only. They share the cores: threads of two workers that wait
+# for each other on one core take several times as long. And a pytest that a test starts is no
+# worker.
+if workers := os.environ.pop("PYTEST_XDIST_WORKER_COUNT", None):
+    del os.environ["PYTEST_XDIST_WORKER"]
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
 # A test that needed a download would pass or fail with the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -31,24 +33,48 @@ TINY = [
 ]
 
 
+# What a process of a run imports takes longer than the run: a server imports it once, and every
+# process is a fork of it. A process of Python has one such server, so it is the loader's as well.
+multiprocessing.set_forkserver_preload(
+    [
+        "deco_fast.data.worker_server",
+        "deco_fast.cli.train",
+        "pytest",
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+    ]
+)
+
+
 def in_processes(count: int, function: Callable[..., None], *arguments: Any) -> None:
     """Call a function of a module in so many processes, as torchrun would; all must succeed."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_call, args=(count, port, function, arguments), nprocs=count)
-
-
-def _call(
-    rank: int, count: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]
-) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+    environment = os.environ | {
         "WORLD_SIZE": str(count),
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
     }
+    mp.start_processes(
+        _call,
+        args=(environment, function, arguments),
+        nprocs=count,
+        # Windows has no fork server.
+        start_method="forkserver" if hasattr(os, "fork") else "spawn",
+    )
+
+
+def _call(
+    rank: int,
+    environment: dict[str, str],
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
+    # The server ignores it, and its environment is that of the first call.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     function(*arguments)
 

@@ -673,22 +673,28 @@ print(peak() - before)
 """
 
 
+@pytest.fixture(scope="module")
+def large_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One model as two kinds of file."""
+    from deco_fast.interop.convert import convert
+
+    folder = tmp_path_factory.mktemp("large")
+    config = DeCoConfig(hidden_size=1024, depth=3, num_heads=16)
+    path = save_weights(folder / "large.safetensors", DeCo(config), CARD)
+    convert(path, folder / "large.ckpt")
+    return {"safetensors": path, "ckpt": folder / "large.ckpt"}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's peak of memory")
 @pytest.mark.parametrize("layout", ["safetensors", "ckpt"])
 @pytest.mark.parametrize(("dtype", "copies"), [("float32", 1.0), ("bfloat16", 1.5)])
 def test_loading_never_holds_two_copies(
-    tmp_path: Path, layout: str, dtype: str, copies: float
+    tmp_path: Path, large_checkpoints: dict[str, Path], layout: str, dtype: str, copies: float
 ) -> None:
     """The mapped file, or it and the converted weights; a second copy would add one."""
-    config = DeCoConfig(hidden_size=1024, depth=3, num_heads=16)
     warm_up = save_weights(tmp_path / "tiny.safetensors", random_model(1), CARD)
-    path = save_weights(tmp_path / "large.safetensors", DeCo(config), CARD)
-    if layout == "ckpt":
-        from deco_fast.interop.convert import convert
-
-        convert(path, tmp_path / "large.ckpt")
-        path = tmp_path / "large.ckpt"
+    path = large_checkpoints[layout]
     size = path.stat().st_size
     assert size > 180e6
     run = subprocess.run(

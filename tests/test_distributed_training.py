@@ -9,10 +9,12 @@ rounding, 1e-7 at first, the digits preset's young network amplifies a thousandf
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,12 +50,21 @@ def save_loss_curves(folder: Path) -> None:
             torch.save(curve, folder / f"{distribution}-{processes.rank}.pt")
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As each of several processes has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_follow_the_loss_curve_of_one(tmp_path: Path) -> None:
     in_processes(2, save_loss_curves, tmp_path)
     ddp, other, fsdp = (torch.load(tmp_path / f"{n}.pt") for n in ("ddp-0", "ddp-1", "fsdp-0"))
     alone = Processes(0, 1, torch.device("cpu"))
-    torch.set_num_threads(1)
     two_passes = loss_curve(alone, STEPS, "--training.gradient_accumulation=2")
     one_pass = loss_curve(alone, STEPS_BEFORE_ROUNDING_GROWS)
     assert torch.equal(ddp, other)
@@ -75,14 +86,22 @@ def train(folder: Path, *options: str) -> None:
     assert main([*arguments, *options]) == 0
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of two processes, by how the model was distributed."""
+    runs = {name: tmp_path_factory.mktemp("unbroken") / name for name in ("ddp", "fsdp")}
+    for distribution, folder in runs.items():
+        in_processes(2, train, folder, f"--training.distribution={distribution}")
+    return runs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "last"), [("ddp", "fsdp"), ("fsdp", "ddp"), ("fsdp", "fsdp")])
 def test_two_then_one_then_two_processes_equal_the_unbroken_run(
-    tmp_path: Path, first: str, last: str
+    tmp_path: Path, unbroken: dict[str, Path], first: str, last: str
 ) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    in_processes(2, train, whole, f"--training.distribution={last}")
-    in_processes(2, train, broken, f"--training.distribution={first}")
+    whole, broken = unbroken[last], tmp_path / "broken"
+    shutil.copytree(unbroken[first], broken)
     forget_after(broken, 2)
     train(broken, "--training.gradient_accumulation=2")
     forget_after(broken, 4)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import TINY, assert_identical, forget_after, saved
+from processes import TINY, assert_identical, forget_after, in_processes, saved
 from safetensors.torch import load_file
 
 from deco_fast.checkpoint import load_checkpoint
@@ -83,9 +83,13 @@ def kill_and_restart(folder: Path, steps: int, kills: int, moments: random.Rando
     return killed
 
 
+def run_unbroken(folder: Path, steps: int) -> None:
+    assert run(folder, steps, "--output.checkpoint_every=3") == 0
+
+
 @pytest.mark.slow
 def test_a_run_that_was_killed_thrice_ends_with_the_same_weights(tmp_path: Path) -> None:
-    assert start(tmp_path / "whole", 30).wait(timeout=300) == 0
+    in_processes(1, run_unbroken, tmp_path / "whole", 30)
     kill_and_restart(tmp_path / "killed", 30, 3, random.Random(0))
     assert_identical(saved(tmp_path / "whole", 30), saved(tmp_path / "killed", 30))
 

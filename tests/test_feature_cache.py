@@ -106,14 +106,16 @@ def test_a_write_that_broke_off_is_not_read(
 
 def test_several_processes_fill_one_cache(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from tests.test_feature_cache import *;"
+        "import sys; from pathlib import Path; from test_feature_cache import *;"
         "part = int(sys.argv[2]);"
         "cache = cache_in(Path(sys.argv[1]));"
         "[cache.write([i], features(COUNT)[i:i + 1]) for i in range(part, COUNT, 2)]"
     )
-    root = Path(__file__).parent.parent
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent)])
     command = [sys.executable, "-c", script, str(tmp_path)]
-    workers = [subprocess.Popen([*command, part], cwd=root) for part in ("0", "1")]
+    environment = {**os.environ, "PYTHONPATH": path}
+    workers = [subprocess.Popen([*command, part], env=environment) for part in ("0", "1")]
     assert [worker.wait(120) for worker in workers] == [0, 0]
     cache = cache_in(tmp_path)
     for index, expected in enumerate(features(COUNT)):

@@ -131,6 +131,47 @@ def _compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++"))
 
 
+# The compiler, but an object that it has made before, from the same sources with the same options
+# in another folder, is handed out again.
+_COMPILE_ONCE = """#!{python}
+import hashlib, os, shutil, sys
+from pathlib import Path
+
+compiler, made, arguments = {compiler!r}, Path({made!r}), sys.argv[1:]
+if "-c" not in arguments:
+    os.execv(compiler, [compiler, *arguments])
+source = Path(next(a for a in arguments if a.endswith(".cpp")))
+target = Path(arguments[arguments.index("-o") + 1])
+options = [a for a in arguments if not a.startswith(("-I", "-MF", os.sep)) and os.sep not in a]
+headers = sorted(source.parent.glob("*.h"))
+key = hashlib.sha256(repr(options).encode())
+for file in (source, *headers):
+    key.update(file.name.encode() + file.read_bytes())
+kept = made / key.hexdigest()
+if not kept.exists():
+    status = os.spawnv(os.P_WAIT, compiler, [compiler, *arguments])
+    if status != 0:
+        sys.exit(status)
+    shutil.copyfile(target, kept)
+shutil.copyfile(kept, target)
+"""
+
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What makes a build use `_COMPILE_ONCE`, where there is a compiler."""
+    compiler = _compiler()
+    if compiler is None:
+        return {}
+    folder = tmp_path_factory.mktemp("compiler")
+    script = folder / "c++"
+    script.write_text(
+        _COMPILE_ONCE.format(python=sys.executable, compiler=compiler, made=str(folder))
+    )
+    script.chmod(0o755)
+    return {"CXX": str(script)}
+
+
 class TestCheckout:
     """The sources as they lie, with nothing installed."""
 
@@ -204,10 +245,10 @@ class TestExtension:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory: pytest.TempPathFactory, compile_once: dict[str, str]) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     sources = _copy_of_the_sources(folder / "sources")
-    result = _pip("wheel", sys.executable, "--wheel-dir", folder, sources)
+    result = _pip("wheel", sys.executable, "--wheel-dir", folder, sources, **compile_once)
     assert result.returncode == 0, result.stderr
     return next(folder.glob("deco_fast-*.whl"))
 
@@ -222,8 +263,8 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @needs_build_tools
-class TestWheel:
-    """`pip install .`, in an environment of its own."""
+class TestInstalled:
+    """`pip install .` and `pip install -e .`, each in an environment of its own."""
 
     def test_contents(self, wheel: Path) -> None:
         names = set(zipfile.ZipFile(wheel).namelist())
@@ -268,25 +309,24 @@ class TestWheel:
             assert "error:" in result.stderr
             assert "Traceback" not in result.stderr
 
-
-@pytest.mark.slow
-@needs_build_tools
-@pytest.mark.parametrize("mode", ["lenient", "strict"])
-def test_editable_install(mode: str, tmp_path: Path) -> None:
-    sources = _copy_of_the_sources(tmp_path / "sources")
-    python = _environment(tmp_path / "venv")
-    options = ["--ignore-installed", "--config-settings", f"editable_mode={mode}"]
-    result = _pip("install", python, *options, "--editable", sources)
-    assert result.returncode == 0, result.stderr
-    for cwd in (sources, tmp_path):
-        found = _probe([str(python)], cwd)
-        _assert_sound(found)
-        assert sources in Path(found["registry"]).resolve().parents
-    # An edit is seen without a new installation: that is what editable is for.
-    with (sources / "kernels" / "registry.py").open("a") as file:
-        file.write("\nprint('edited')\n")
-    result = _run([str(python), "-c", "import deco_fast.kernels.registry"], tmp_path)
-    assert result.stdout == "edited\n", result.stderr
+    @pytest.mark.parametrize("mode", ["lenient", "strict"])
+    def test_editable_install(
+        self, mode: str, tmp_path: Path, compile_once: dict[str, str]
+    ) -> None:
+        sources = _copy_of_the_sources(tmp_path / "sources")
+        python = _environment(tmp_path / "venv")
+        options = ["--ignore-installed", "--config-settings", f"editable_mode={mode}"]
+        result = _pip("install", python, *options, "--editable", sources, **compile_once)
+        assert result.returncode == 0, result.stderr
+        for cwd in (sources, tmp_path):
+            found = _probe([str(python)], cwd)
+            _assert_sound(found)
+            assert sources in Path(found["registry"]).resolve().parents
+        # An edit is seen without a new installation: that is what editable is for.
+        with (sources / "kernels" / "registry.py").open("a") as file:
+            file.write("\nprint('edited')\n")
+        result = _run([str(python), "-c", "import deco_fast.kernels.registry"], tmp_path)
+        assert result.stdout == "edited\n", result.stderr
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import in_processes
 from torch import Tensor
 
 from deco_fast import DeCo, DeCoConfig, load_checkpoint
@@ -486,20 +488,30 @@ main(sys.argv[1:])
 """
 
 
+KILLED_OPTIONS = ("--num", "11", "--batch-size", "2", "--device", "cpu", "--npz", "a.npz")
+
+
+@pytest.fixture(scope="module")
+def killed_folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which a run died in its third batch."""
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-c", KILLED, "--checkpoint", str(checkpoint), *KILLED_OPTIONS]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(folder.glob("a.npz.partial/*.npy"))) == 2
+    assert not (folder / "a.npz").exists()
+    return folder
+
+
 class TestKilled:
-    options = ("--num", "11", "--batch-size", "2", "--device", "cpu", "--npz", "a.npz")
+    options = KILLED_OPTIONS
 
     @pytest.fixture
-    def killed(self, checkpoint: Path) -> Iterator[Path]:
-        """The folder in which a run died in its third batch."""
-        command = [sys.executable, "-c", KILLED, "--checkpoint", str(checkpoint), *self.options]
-        done = subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
-        )
-        assert done.returncode == -signal.SIGKILL
-        assert len(list(Path("a.npz.partial").glob("*.npy"))) == 2
-        assert not Path("a.npz").exists()
-        yield Path("a.npz.partial")
+    def killed(self, killed_folder: Path) -> Path:
+        """What it left, copied to where the test is."""
+        shutil.copytree(killed_folder, ".", dirs_exist_ok=True)
+        return Path("a.npz.partial")
 
     def test_same_command_goes_on_and_ends_the_same(
         self, checkpoint: Path, killed: Path, capsys: pytest.CaptureFixture[str]
@@ -615,6 +627,11 @@ class TestBadInput:
         assert "out cannot be written (Permission denied)" in capsys.readouterr().err
 
 
+def draw_in(folder: str, *options: str) -> None:
+    os.chdir(folder)
+    assert main([*options]) == 0
+
+
 @pytest.mark.slow
 def test_two_processes_draw_what_one_does(checkpoint: Path) -> None:
     options = ["--checkpoint", str(checkpoint), "--num", "11", "--batch-size", "2"]
@@ -637,8 +654,9 @@ def test_two_processes_draw_what_one_does(checkpoint: Path) -> None:
     assert Path("two.npz").read_bytes() == Path("one.npz").read_bytes()
     assert "already" in command(*two, "--npz", "one.npz")
 
-    command(*two, "--out", "two")
-    command(*one, "--out", "one")
+    here = os.getcwd()
+    in_processes(2, draw_in, here, *options, "--out", "two")
+    in_processes(1, draw_in, here, *options, "--out", "one")
     assert {file.name for file in Path("two").iterdir()} == {
         file.name for file in Path("one").iterdir()
     }
