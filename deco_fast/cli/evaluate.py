@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deco_fast.cli import evaluate_digits, evaluate_metrics, evaluate_spectrum
+from deco_fast.cli import evaluate_ablate, evaluate_digits, evaluate_metrics, evaluate_spectrum
 from deco_fast.cli.parser import CommandParser
 from deco_fast.errors import run_command
 
@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="evaluate.py", description="Measure models and the images they draw."
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    for command in (evaluate_metrics, evaluate_spectrum, evaluate_digits):
+    for command in (evaluate_metrics, evaluate_spectrum, evaluate_ablate, evaluate_digits):
         command.add_parser(kinds)
     options = parser.parse_args(argv)
     return int(options.run(options))
