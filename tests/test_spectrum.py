@@ -21,7 +21,6 @@ from deco_fast.evaluation.spectrum import (
     VELOCITY,
     LabelledBatch,
     block_energy,
-    mean_energy,
     measure_spectra,
     spectral_error,
     zigzag,
@@ -84,11 +83,6 @@ def test_error_is_in_decibels() -> None:
     one = energy.clone()
     one[5] *= 100
     assert spectral_error(one, energy) == pytest.approx((20**2 / 64) ** 0.5)
-    images = torch.randn(7, 3, 16, 16)
-    batches = mean_energy(images.split(3))
-    assert torch.allclose(batches, block_energy(images), rtol=1e-12)
-    with pytest.raises(ValueError, match="no images"):
-        mean_energy([])
 
 
 def scrambled_model() -> DeCo:

@@ -133,16 +133,16 @@ def evaluate_images(
             f"{images.path} holds {count} image(s) for {processes.world_size} processes: "
             "start fewer"
         )
-    start, stop = (count * (processes.rank + k) // processes.world_size for k in (0, 1))
-    collector = Collector(count, range(start, stop), processes, keep_rows)
+    numbers = processes.share(count)
+    collector = Collector(count, numbers, processes, keep_rows)
     with tqdm(
-        total=stop - start,
+        total=len(numbers),
         desc=f"features of {images.path.name}",
         unit="image",
         disable=not processes.is_main,
         dynamic_ncols=True,
     ) as bar:
-        for batch in images.batches(range(start, stop), batch_size):
+        for batch in images.batches(numbers, batch_size):
             collector.add(extractor(batch.to(processes.device)))
             bar.update(len(batch))
     return collector.finish((images.height, images.width))

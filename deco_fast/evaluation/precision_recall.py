@@ -71,9 +71,7 @@ class _Rows:
 
     def __init__(self, features: Tensor, centre: Tensor, processes: Processes) -> None:
         self.features, self.centre, self.processes = features, centre, processes
-        count, world_size = len(features), processes.world_size
-        start, stop = (count * (processes.rank + k) // world_size for k in (0, 1))
-        self.share = range(start, stop)
+        self.share = processes.share(len(features))
 
     def own_blocks(self) -> Iterator[Tensor]:
         """Those of this process's share."""

@@ -121,21 +121,6 @@ def spectral_error(energy: Tensor, reference: Tensor) -> float:
     return float(decibels.square().mean().sqrt())
 
 
-def mean_energy(batches: Iterable[Tensor]) -> Tensor:
-    """`block_energy` over batches of images (B, C, H, W) of one size, one batch in memory.
-
-    Raises:
-        ValueError: there are none.
-    """
-    total, count = torch.zeros(()), 0
-    for batch in batches:
-        total = total + block_energy(batch) * len(batch)
-        count += len(batch)
-    if not count:
-        raise ValueError("a spectrum of no images")
-    return total / count
-
-
 @torch.no_grad()
 def measure_spectra(
     model: VelocityModel,

@@ -18,7 +18,7 @@ from deco_fast.evaluation.extractors import FeatureExtractor
 from deco_fast.evaluation.image_sets import ImageSet, open_images
 from deco_fast.evaluation.metrics import evaluate_images, needs_rows, open_reference
 from deco_fast.evaluation.spectrum import LabelledBatch, block_energy
-from deco_fast.evaluation.statistics import SetStatistics, load_statistics
+from deco_fast.evaluation.statistics import SetStatistics, holds_statistics, load_statistics
 from deco_fast.experiments.suite import DATASET, Evaluation
 from deco_fast.sampling.images import to_uint8
 from deco_fast.training.batches import TrainingImages, open_dataset
@@ -77,6 +77,31 @@ class DatasetImages:
             yield images, torch.tensor([label for _, label in pairs])
 
 
+class WatchedImages:
+    """An image set whose spectrum is summed up while its images pass.
+
+    Args:
+        images: the set.
+    """
+
+    def __init__(self, images: ImageSet) -> None:
+        self.path, self.height, self.width = images.path, images.height, images.width
+        self._images, self._sum = images, torch.zeros(1)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def batches(self, numbers: range, batch_size: int) -> Iterator[Tensor]:
+        """See `ImageSet`."""
+        for batch in self._images.batches(numbers, batch_size):
+            self._sum = self._sum + len(batch) * image_energy(batch)
+            yield batch
+
+    def energy(self, processes: Processes) -> Tensor:
+        """Of each DCT frequency (block²,), once all processes together have seen all images."""
+        return processes.gather_rows(self._sum[None]).sum(dim=0) / len(self)
+
+
 def shuffled(config: RunConfig, count: int, seed: int) -> DatasetImages:
     """So many training images, drawn without replacement."""
     dataset = open_dataset(config)
@@ -126,14 +151,22 @@ def suite_reference(
         return Reference(
             statistics, None if energy is None else torch.tensor(energy, dtype=torch.float64)
         )
-    if evaluation.reference == DATASET:
-        assert images is not None
-        statistics = evaluate_images(images, extractor, processes, evaluation.batch_size, keep_rows)
+    if images is not None and not holds_statistics(path):
+        watched = WatchedImages(images)
+        statistics = evaluate_images(
+            watched, extractor, processes, evaluation.batch_size, keep_rows
+        )
+        found: Tensor | None = watched.energy(processes)
     else:
         statistics = open_reference(
             path, extractor, processes, batch_size=evaluation.batch_size, keep_rows=keep_rows
         )
-    found = None if images is None else set_energy(images, processes, evaluation.batch_size)
+        found = None
+        if images is not None:
+            watched = WatchedImages(images)
+            for _ in watched.batches(processes.share(len(images)), evaluation.batch_size):
+                pass
+            found = watched.energy(processes)
     if processes.is_main:
         statistics.save(folder / _STATISTICS_FILE, extractor)
         kept = {**note, "energy": None if found is None else found.tolist()}
@@ -141,16 +174,6 @@ def suite_reference(
             temporary.write_text(json.dumps(kept) + "\n", encoding="utf-8")
     processes.barrier()
     return Reference(statistics, found)
-
-
-def set_energy(images: ImageSet, processes: Processes, batch_size: int) -> Tensor:
-    """The energy of each DCT frequency of a set of images, which the processes share."""
-    count = len(images)
-    start, stop = (count * (processes.rank + k) // processes.world_size for k in (0, 1))
-    total = torch.zeros(1)
-    for batch in images.batches(range(start, stop), batch_size):
-        total = total + len(batch) * image_energy(batch)
-    return processes.gather_rows(total[None]).sum(dim=0) / count
 
 
 def image_energy(images: Tensor) -> Tensor:

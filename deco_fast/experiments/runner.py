@@ -29,9 +29,9 @@ from deco_fast.evaluation.precision_recall import NEIGHBOURS
 from deco_fast.evaluation.spectrum import DIT_OUTPUT, measure_spectra, spectral_error
 from deco_fast.experiments.reference import (
     Reference,
+    WatchedImages,
     image_energy,
     labelled_batches,
-    set_energy,
     shuffled,
     suite_reference,
 )
@@ -161,18 +161,14 @@ def _evaluate(
     values = processes.from_main(_read_values(path, source) if processes.is_main else None)
     if values is None:
         labels = labels_for(evaluation.num, model.config.num_classes)
-        start, stop = (
-            evaluation.num * (processes.rank + k) // processes.world_size for k in (0, 1)
-        )
-        collector = Collector(
-            evaluation.num, range(start, stop), processes, needs_rows(evaluation.metrics)
-        )
+        numbers = processes.share(evaluation.num)
+        collector = Collector(evaluation.num, numbers, processes, needs_rows(evaluation.metrics))
         engine = SamplingEngine(model, model.card.sampling, batch_size=evaluation.batch_size)
         energy = torch.zeros(1)
         for _, images in draw(
             engine,
-            labels[start:stop],
-            range(start, stop),
+            labels[numbers.start : numbers.stop],
+            numbers,
             seed=evaluation.seed,
             progress=processes.is_main,
         ):
@@ -213,11 +209,11 @@ def _real_images(
     }
     values = processes.from_main(_read_values(path, source) if processes.is_main else None)
     if values is None:
-        images = shuffled(run.config, evaluation.num, evaluation.seed)
+        images = WatchedImages(shuffled(run.config, evaluation.num, evaluation.seed))
         keep_rows = needs_rows(evaluation.metrics)
         found = evaluate_images(images, extractor, processes, evaluation.batch_size, keep_rows)
         values = compare(found, reference.statistics, processes, evaluation.metrics)
-        energy = set_energy(images, processes, evaluation.batch_size)
+        energy = images.energy(processes)
         if reference.energy is not None:
             values["spectral_error"] = spectral_error(energy, reference.energy)
         if processes.is_main:

@@ -65,6 +65,11 @@ class Processes:
             values = values / self.world_size
         return values
 
+    def share(self, count: int) -> range:
+        """This process's part of so many things: consecutive ones, in the order of the ranks."""
+        start, stop = (count * (self.rank + k) // self.world_size for k in (0, 1))
+        return range(start, stop)
+
     def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows (N, …) of all processes on the CPU, in their order; N may differ."""
         if self.world_size == 1:
