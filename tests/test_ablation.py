@@ -15,15 +15,21 @@ import yaml
 from processes import TINY, assert_identical, in_processes, weights
 from sklearn.datasets import load_sample_image
 
+from deco_fast.checkpoint import load_checkpoint, save_weights
 from deco_fast.cli.evaluate import main
 from deco_fast.config import load_config
 from deco_fast.data import DigitsDataset, PhotographCrops
 from deco_fast.errors import UserError
+from deco_fast.evaluation.frechet import Moments, frechet_distance
 from deco_fast.evaluation.random_conv import RandomConvExtractor
 from deco_fast.evaluation.spectrum import block_energy, spectral_error
 from deco_fast.experiments.suite import load_suite, plan, suite_names
-from deco_fast.experiments.table import markdown
+from deco_fast.experiments.table import RunResult, markdown
+from deco_fast.models.deco import DeCo
 from deco_fast.resources import config_folder
+from deco_fast.sampling.engine import SamplingEngine
+from deco_fast.sampling.images import to_uint8
+from deco_fast.sampling.run import draw
 from deco_fast.training.batches import open_dataset
 from deco_fast.training.monitor import Monitor
 
@@ -250,6 +256,25 @@ def test_a_suite_stops_and_goes_on(
     check_values(output)
 
 
+def test_runs_begin_with_the_weights_that_are_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = write_suite(seeds=[0], rows=[{"name": "with"}])
+    command = ["ablate", "--suite", name, "--device=cpu"]
+    config = plan(load_suite(name))[0].config
+    save_weights(folder / "begin.safetensors", DeCo(config.model), config.card())
+    tiny_rate = ["--set", "training.learning_rate=1e-30", "--set", "training.steps=1"]
+    begin = ["--set", "training.init_from=begin.safetensors"]
+    assert main([*command, *tiny_rate, *begin]) == 0
+    assert "beginning with begin.safetensors" in capsys.readouterr().out
+    trained = load_checkpoint(folder / "ablations/small/runs/with-seed0")
+    expected = load_checkpoint(folder / "begin.safetensors")
+    # A step of 1e-30 moves what is zero at initialisation.
+    torch.testing.assert_close(
+        dict(trained.state_dict()), dict(expected.state_dict()), rtol=0, atol=1e-20
+    )
+
+
 def run_in_processes(file: Path) -> None:
     assert (
         main(["ablate", "--suite", str(file), "--device=cpu", f"--out={file.parent / 'two'}"]) == 0
@@ -273,12 +298,6 @@ def check_values(output: Path) -> None:
     """The figures of one run, computed again from its images."""
     found = json.loads((output / "evaluations/with-seed1.json").read_text())["values"]
     assert list(found) == ["fid", "spectral_error", "dit_high_share"]
-    from deco_fast.checkpoint import load_checkpoint
-    from deco_fast.evaluation.frechet import Moments, frechet_distance
-    from deco_fast.sampling.engine import SamplingEngine
-    from deco_fast.sampling.images import to_uint8
-    from deco_fast.sampling.run import draw
-
     engine = SamplingEngine(load_checkpoint(output / "runs/with-seed1"), batch_size=113)
     drawn = torch.cat([images for _, images in draw(engine, [k % 10 for k in range(452)])])
     drawn, real = drawn.permute(0, 3, 1, 2), to_uint8(DigitsDataset().images).permute(0, 3, 1, 2)
@@ -296,8 +315,6 @@ def check_values(output: Path) -> None:
 
 
 def test_the_table_gives_means_and_spreads(folder: Path) -> None:
-    from deco_fast.experiments.table import RunResult
-
     suite = load_suite(write_suite())
     found = [
         RunResult("real images", 0, None, {"fid": 1.0}),

@@ -40,6 +40,7 @@ from deco_fast.experiments.table import RunResult, write_tables
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.run import draw, labels_for, weights_checksum
 from deco_fast.training.distributed import Processes
+from deco_fast.training.initial import open_initial_weights
 from deco_fast.training.run_folder import RunFolder
 from deco_fast.training.trainer import Trainer
 
@@ -120,6 +121,9 @@ def _train(
     folder = RunFolder(path, run.config)
     if folder.finished:
         return None
+    initial = None
+    if run.config.training.init_from is not None and folder.newest_checkpoint() is None:
+        initial = open_initial_weights(run.config.training.init_from, run.config.model)
     # Of the run before, with which torch would count this one's as recompilations.
     torch.compiler.reset()
     trainer = Trainer(run.config, folder, processes)
@@ -127,6 +131,8 @@ def _train(
         folder.open()
     processes.barrier()
     passed_over = trainer.resume()
+    if initial is not None:
+        say(f"{title}: {initial.load(trainer.training)}")
     say(f"{title}: training from step {trainer.step:,} to {run.config.training.steps:,}")
     for line in passed_over or ():
         say(f"{title}: {line}: going on from the one before")
