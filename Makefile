@@ -89,4 +89,6 @@ $(runtime): $(torch) pyproject.toml setup.py $(wildcard csrc/*)
 
 $(development): $(torch) pyproject.toml setup.py $(wildcard csrc/*)
 	$(pip) --no-build-isolation --editable ".[test,dev]"
+	@# Without torchvision, of which the package index has no build for a torch without CUDA.
+	$(pip) --no-deps torch-fidelity
 	touch $(runtime) $@

@@ -1,4 +1,4 @@
-"""Measure how good drawn images are: `python evaluate.py digits`. See `--help`."""
+"""Measure models and the images they draw. See `--help`."""
 
 import sys
 

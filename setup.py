@@ -126,7 +126,7 @@ setup(
     },
     package_data={
         "deco_fast": ["py.typed", "*.pyi", "pretrained/**/*"],
-        "deco_fast.configs": ["*.yaml"],
+        "deco_fast.configs": ["*.yaml", "suites/*.yaml"],
     },
     include_package_data=False,
     **_extension(),

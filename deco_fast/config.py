@@ -36,9 +36,10 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """Images and labels."""
 
-    dataset: Literal["digits", "folder", "shards"] = Field(
+    dataset: Literal["digits", "photographs", "folder", "shards"] = Field(
         "folder",
-        description="digits: scikit-learn's, no download; folder: class folders; shards: tar files",
+        description="digits, photographs: scikit-learn's, no download; folder: class folders; "
+        "shards: tar files",
     )
     root: str | list[str] | None = Field(
         None,
@@ -172,8 +173,12 @@ class RunConfig(_Section):
                     f"data.{side} {getattr(self.data, side)} is not divisible by "
                     f"model.patch_size {self.model.patch_size}"
                 )
-        if self.data.dataset == "digits" and self.model.num_classes != 10:
-            raise ValueError("data.dataset digits has 10 classes: set model.num_classes to 10")
+        built_in = {"digits": 10, "photographs": 2}.get(self.data.dataset)
+        if built_in is not None and self.model.num_classes != built_in:
+            raise ValueError(
+                f"data.dataset {self.data.dataset} has {built_in} classes: "
+                f"set model.num_classes to {built_in}"
+            )
         if self.data.dataset == "digits" and self.data.height != self.data.width:
             raise ValueError("data.dataset digits is square: set data.height = data.width")
         if self.alignment.enabled and self.alignment.layer > self.model.depth:

@@ -13,11 +13,18 @@ if TYPE_CHECKING:
 __all__ = ["Projector", "alignment_loss", "load_encoder"]
 
 
-def load_encoder(path: str, patch_size: int = 16, precision: str = "bf16") -> DINOv2:
+def load_encoder(
+    path: str,
+    patch_size: int = 16,
+    precision: str = "bf16",
+    purpose: str = "REPA",
+    option: str = "--repa",
+    instead: str = "train without REPA by --repa off",
+) -> DINOv2:
     """The frozen encoder from a weight file.
 
     Args:
-        path: as for `deco_fast.alignment.weights.load_dinov2`.
+        path, purpose, option, instead: as for `deco_fast.alignment.weights.load_dinov2`.
         patch_size, precision: as for `DINOv2`.
 
     Raises:
@@ -29,7 +36,6 @@ def load_encoder(path: str, patch_size: int = 16, precision: str = "bf16") -> DI
         from deco_fast.alignment.weights import load_dinov2
     except ImportError as error:
         raise UserError(
-            "REPA needs the package transformers: pip install 'deco-fast[repa]', or train "
-            "without by --repa off"
+            f"{purpose} needs the package transformers: pip install 'deco-fast[repa]', or {instead}"
         ) from error
-    return DINOv2(load_dinov2(path), patch_size, precision)
+    return DINOv2(load_dinov2(path, purpose, option, instead), patch_size, precision)

@@ -97,6 +97,14 @@ class DINOv2(nn.Module):
         Returns:
             (B, H/p · W/p, feature_size) float32, rows first.
         """
+        return self._tokens(images)[:, 1:]
+
+    @torch.no_grad()
+    def class_tokens(self, images: Tensor) -> Tensor:
+        """The normalised class token (B, feature_size), float32, of images as in `forward`."""
+        return self._tokens(images)[:, 0]
+
+    def _tokens(self, images: Tensor) -> Tensor:
         patch = self.backbone.embeddings.patch_embeddings.projection.kernel_size[0]
         size = tuple(patch * side // self.patch_size for side in images.shape[-2:])
         pixels = ((images.float() + 1) / 2 - self.mean) / self.std
@@ -104,7 +112,7 @@ class DINOv2(nn.Module):
         bf16 = self.precision == "bf16"
         with torch.autocast(images.device.type, torch.bfloat16) if bf16 else nullcontext():
             tokens = self.backbone(pixel_values=pixels).last_hidden_state
-        return tokens[:, 1:].float()
+        return tokens.float()
 
 
 def random_dinov2(seed: int = 0, config: Dinov2Config | None = None) -> Dinov2Model:

@@ -21,7 +21,6 @@ from deco_fast.checkpoint.format import weights_file
 from deco_fast.errors import UserError
 
 _SOURCE = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth"
-_REMEDY = f"give {_SOURCE} by --repa FILE, or train without REPA by --repa off"
 
 _HEAD_DIM = 64  # in every DINOv2; tensors do not tell it
 
@@ -46,20 +45,32 @@ _QKV = "blocks.#.attn.qkv"
 _HEADS = "encoder.layer.#.attention.attention"
 
 
-def load_dinov2(path: str | Path) -> Dinov2Model:
+def load_dinov2(
+    path: str | Path,
+    purpose: str = "REPA",
+    option: str = "--repa",
+    instead: str = "train without REPA by --repa off",
+) -> Dinov2Model:
     """DINOv2 of any size without registers, on the CPU in float32.
 
     Args:
         path: the original's `dinov2_vitb14_pretrain.pth`, Hugging Face's `model.safetensors` (or
             the folder with it), or "hf:owner/repository/file".
+        purpose, option, instead: for messages: what needs the network, the option that names its
+            file, and what can be done without it.
 
     Raises:
         UserError: the file is missing, damaged, has code in it, or is of another network.
     """
     try:
-        file = locate(path)
+        return _load(locate(path))
     except UserError as error:
-        raise UserError(f"REPA needs DINOv2: {error}; {_REMEDY}") from error
+        raise UserError(
+            f"{purpose} needs DINOv2: {error}; give {_SOURCE} by {option} FILE, or {instead}"
+        ) from error
+
+
+def _load(file: Path) -> Dinov2Model:
     if file.is_dir():
         file /= weights_file("model")
     tensors = _read(file)
@@ -83,7 +94,7 @@ def _read(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{file} is damaged, or holds more than tensors: {_REMEDY}") from error
+        raise UserError(f"{file} is damaged, or holds more than tensors") from error
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise _not_dinov2(file, "it holds more than named tensors")
     return content
@@ -122,7 +133,7 @@ def _config(tensors: Mapping[str, Tensor], file: Path) -> Dinov2Config:
 
 
 def _not_dinov2(file: Path, reason: str) -> UserError:
-    return UserError(f"{file} is not a DINOv2 without registers ({reason}): {_REMEDY}")
+    return UserError(f"{file} is not a DINOv2 without registers ({reason})")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from deco_fast.data.folder import FolderImages
 from deco_fast.data.images import ImageDataset
 from deco_fast.data.loader import Batch, read_batches
 from deco_fast.data.order import EpochBatches
+from deco_fast.data.photographs import PhotographCrops
 from deco_fast.data.shards import ShardImages
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "EpochBatches",
     "FolderImages",
     "ImageDataset",
+    "PhotographCrops",
     "ShardImages",
     "read_batches",
 ]

@@ -1,1 +1,1 @@
-"""How good drawn images are."""
+"""How good drawn images are, and where in the spectrum a model works."""

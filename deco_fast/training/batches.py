@@ -20,11 +20,12 @@ from deco_fast.data.folder import FolderImages
 from deco_fast.data.images import ImageDataset
 from deco_fast.data.loader import Batch, read_batches
 from deco_fast.data.order import EpochBatches
+from deco_fast.data.photographs import PhotographCrops
 from deco_fast.data.shards import ShardImages, index_share
 from deco_fast.errors import UserError
 from deco_fast.training.distributed import Processes
 
-TrainingImages = DigitsDataset | ImageDataset
+TrainingImages = DigitsDataset | PhotographCrops | ImageDataset
 
 
 class Batches:
@@ -144,6 +145,8 @@ def open_dataset(config: RunConfig, processes: Processes | None = None) -> Train
     data = config.data
     if data.dataset == "digits":
         return DigitsDataset("train", data.height)
+    if data.dataset == "photographs":
+        return PhotographCrops(data.height, data.width)
     if data.root is None:
         holding = "class folders" if data.dataset == "folder" else "shards"
         raise UserError(f"data.root is not set: give the folder of {holding} by --data.root")

@@ -65,6 +65,25 @@ class Processes:
             values = values / self.world_size
         return values
 
+    def share(self, count: int) -> range:
+        """This process's part of so many things: consecutive ones, in the order of the ranks."""
+        start, stop = (count * (self.rank + k) // self.world_size for k in (0, 1))
+        return range(start, stop)
+
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows (N, …) of all processes on the CPU, in their order; N may differ."""
+        if self.world_size == 1:
+            return rows
+        # On the CPU, where gloo serves and memory is plenty.
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(counts, torch.tensor([len(rows)]))
+        most = max(int(count) for count in counts)
+        padded = rows.new_zeros(most, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
     def from_main(self, value: T) -> T:
         """What the main process passed, in every process."""
         if self.world_size > 1:

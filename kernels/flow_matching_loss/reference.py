@@ -27,10 +27,12 @@ RGB_TO_YCBCR = (
 )
 
 
-def dct_matrix(device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The orthonormal 8-point DCT-II matrix A, (8, 8); the transform of a block X is A X Aᵀ."""
-    k = torch.arange(BLOCK, device=device, dtype=torch.float64)
-    matrix = math.sqrt(2 / BLOCK) * torch.cos(math.pi / BLOCK * (k + 0.5) * k[:, None])
+def dct_matrix(
+    device: torch.device | None = None, dtype: torch.dtype = torch.float32, size: int = BLOCK
+) -> Tensor:
+    """The orthonormal DCT-II matrix A, (size, size); the transform of a block X is A X Aᵀ."""
+    k = torch.arange(size, device=device, dtype=torch.float64)
+    matrix = math.sqrt(2 / size) * torch.cos(math.pi / size * (k + 0.5) * k[:, None])
     matrix[0] /= math.sqrt(2)
     return matrix.to(dtype)
 

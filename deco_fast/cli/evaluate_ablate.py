@@ -1,0 +1,122 @@
+"""`python evaluate.py ablate`: train and evaluate a list of configurations on equal terms."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from deco_fast import ops
+from deco_fast.cli.parser import whole_number
+from deco_fast.errors import UserError
+from deco_fast.experiments.suite import (
+    PlannedRun,
+    SuiteFolder,
+    load_suite,
+    plan,
+    suite_names,
+)
+from deco_fast.experiments.table import FIGURE_FILES, MARKDOWN_FILE
+from deco_fast.sampling.writers import check_writable
+from deco_fast.training.distributed import join_processes
+from deco_fast.training.estimate import estimate
+
+
+def run(options: argparse.Namespace) -> int:
+    """Plan, then train and evaluate what is not done yet; the exit status."""
+    given = {"weights": options.weights, "num": options.num, "reference": options.reference}
+    evaluation = {key: value for key, value in given.items() if value is not None}
+    suite = load_suite(options.suite, options.rows, options.seeds, evaluation)
+    runs = plan(suite, _overrides(options.set or []))
+    folder = options.out or Path("ablations") / suite.name
+    check_writable(folder, "--out")
+    if options.dry_run:
+        return _dry_run(runs, SuiteFolder(folder))
+    # Imported here, so that --help and --dry-run do not wait for it.
+    from deco_fast.experiments.runner import run_suite
+
+    ops.check_backend("pixel_decoder", "flow_matching_loss")
+    with join_processes(options.device) as processes:
+
+        def say(line: str) -> None:
+            if processes.is_main:
+                print(line, flush=True)
+
+        say(f"{suite.name}: {len(runs)} runs in {folder}")
+        status = run_suite(suite, runs, folder, processes, say)
+        if status == 0 and processes.is_main:
+            print((folder / MARKDOWN_FILE).read_text(encoding="utf-8"))
+            print(f"table   {folder / MARKDOWN_FILE}")
+            print(f"figure  {folder / FIGURE_FILES[0]}")
+        return status
+
+
+def _dry_run(runs: list[PlannedRun], folder: SuiteFolder) -> int:
+    for planned in runs:
+        cost = estimate(planned.config)
+        training = planned.config.training
+        state = "to do"
+        if folder.evaluation(planned.name).exists():
+            state = "evaluated"
+        elif (folder.run(planned) / "finished").exists():
+            state = "trained"
+        elif folder.run(planned).exists():
+            state = "begun"
+        print(
+            f"{planned.name:<40} {state:<9} {cost.parameters:>13,} parameters, "
+            f"{training.steps:,} steps of {training.batch_size} images, "
+            f"{cost.training_flops / 1e9:,.2f} GFLOP each"
+        )
+    return 0
+
+
+def _overrides(words: list[str]) -> dict[str, str]:
+    values = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or "." not in key:
+            raise UserError(f"--set {word}: write --set section.key=value")
+        values[key] = value
+    return values
+
+
+def add_parser(kinds: Any) -> None:
+    """Add the command to the subparsers of `evaluate.py`."""
+    ablate = kinds.add_parser(
+        "ablate",
+        help="train and evaluate a list of configurations on equal terms",
+        description="Train every row of a suite from every seed, evaluate all alike, and write a "
+        "table and a figure. Typed again it goes on where it was. Under torchrun all processes "
+        "share each run, one for each GPU.",
+    )
+    ablate.add_argument(
+        "--suite",
+        required=True,
+        metavar="NAME|FILE",
+        help=f"{', '.join(suite_names())}, or a YAML file",
+    )
+    ablate.add_argument("--rows", nargs="+", metavar="ROW", help="only these (default: all)")
+    ablate.add_argument(
+        "--seeds",
+        nargs="+",
+        type=whole_number(0, 2**63 - 1),
+        metavar="SEED",
+        help="instead of the suite's",
+    )
+    ablate.add_argument(
+        "--set",
+        action="append",
+        metavar="SECTION.KEY=VALUE",
+        help="a key of the configuration, for all rows; may be repeated",
+    )
+    ablate.add_argument("--reference", metavar="PATH", help="images or statistics to compare with")
+    ablate.add_argument("--weights", metavar="FILE", help="the feature extractor's")
+    ablate.add_argument("--num", type=whole_number(1), help="images drawn of each run")
+    ablate.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="the suite's folder (default: ablations/NAME)"
+    )
+    ablate.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    ablate.add_argument(
+        "--dry-run", action="store_true", help="list the runs, their cost and state, and stop"
+    )
+    ablate.set_defaults(run=run)

@@ -1,0 +1,152 @@
+"""`python evaluate.py metrics`: FID, sFID, Inception score, precision and recall."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from deco_fast import __version__
+from deco_fast.cli.parser import checked, whole_number
+from deco_fast.errors import UserError
+from deco_fast.evaluation.extractors import EXTRACTORS, check_extractor, open_extractor
+from deco_fast.evaluation.image_sets import open_images
+from deco_fast.evaluation.metrics import (
+    METRICS,
+    compare,
+    evaluate_images,
+    needs_rows,
+    open_reference,
+    parse_metrics,
+)
+from deco_fast.evaluation.report import REPORT_FILE, report_folder, write_report
+from deco_fast.sampling.writers import check_writable
+from deco_fast.training.distributed import Processes, join_processes
+
+_TITLES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception score",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Read or compute the statistics of both sets and compare them; the exit status."""
+    if options.images is None and options.save_statistics is None:
+        raise UserError("--images is missing: name an npz file or a folder to evaluate")
+    if options.out:
+        check_writable(options.out, "--out")
+    if options.save_statistics:
+        check_writable(options.save_statistics.parent, "--save-statistics")
+    with join_processes(options.device) as processes:
+        return _run(options, processes)
+
+
+def _run(options: argparse.Namespace, processes: Processes) -> int:
+    metrics = None if options.metrics is None else parse_metrics(options.metrics)
+    keep_rows = needs_rows(metrics)
+    # Opened first, so that what is wrong with it is known before the reference is worked on.
+    images = None if options.images is None else open_images(options.images, options.crop)
+    extractor = open_extractor(options.features, options.weights, processes.device)
+    reference = open_reference(
+        options.reference,
+        extractor,
+        processes,
+        crop=options.crop,
+        batch_size=options.batch_size,
+        keep_rows=keep_rows,
+    )
+    if options.save_statistics is not None and processes.is_main:
+        reference.save(options.save_statistics, extractor)
+        print(f"statistics of the reference: {options.save_statistics}")
+    if images is None:
+        return 0
+    found = evaluate_images(images, extractor, processes, options.batch_size, keep_rows)
+    values = compare(found, reference, processes, metrics, progress=processes.is_main)
+    if not processes.is_main:
+        return 0
+    source = {
+        "images": str(options.images),
+        "count": len(images),
+        "reference": str(options.reference),
+        "features": extractor.name,
+        "fingerprint": extractor.fingerprint,
+        "crop": options.crop,
+        "metrics": options.metrics,
+        "deco_fast": __version__,
+    }
+    default = Path("evaluations") / f"metrics-{options.images.stem}-{extractor.name}"
+    folder = report_folder(options.out, default, source)
+    write_report(folder, source, values)
+    of = "" if extractor.name == "inception" else f" of {extractor.name}"
+    titles = _TITLES if not of else _TITLES | {"fid": "Fréchet distance"}
+    print(f"{len(images):,} images, features{of or ' of Inception'}")
+    for name, value in values.items():
+        print(f"{titles[name]:<17} {value:.4f}")
+    print(f"report            {folder / REPORT_FILE}")
+    return 0
+
+
+def add_parser(kinds: Any) -> None:
+    """Add the command to the subparsers of `evaluate.py`."""
+    metrics = kinds.add_parser(
+        "metrics",
+        help="FID, sFID, Inception score, precision, recall",
+        description="Compare images with a reference as the ADM suite does. Under torchrun the "
+        "processes share the work.",
+    )
+    metrics.add_argument(
+        "--images",
+        type=Path,
+        metavar="PATH",
+        help="an npz file of sample.py --npz, or a folder of images",
+    )
+    metrics.add_argument(
+        "--reference",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="the same, or statistics: --save-statistics', a batch of the ADM suite, pytorch-fid's",
+    )
+    metrics.add_argument(
+        "--save-statistics",
+        type=Path,
+        metavar="FILE.npz",
+        help="keep the statistics of the reference, for the next --reference",
+    )
+    metrics.add_argument(
+        "--features",
+        type=checked(check_extractor),
+        default="inception",
+        metavar="NAME",
+        help=f"{', '.join(EXTRACTORS)} (default: %(default)s, of the ADM suite)",
+    )
+    metrics.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="the extractor's (default: its own download)",
+    )
+    metrics.add_argument(
+        "--metrics",
+        type=checked(parse_metrics),
+        metavar="LIST",
+        help=f"some of {','.join(METRICS)} (default: all that there can be)",
+    )
+    metrics.add_argument(
+        "--crop",
+        type=whole_number(1),
+        metavar="SIZE",
+        help="cut the images of folders to a square as training does",
+    )
+    metrics.add_argument(
+        "--batch-size", type=whole_number(1), default=64, help="(default: %(default)s)"
+    )
+    metrics.add_argument(
+        "--device", default="auto", help="auto, cpu or cuda (default: %(default)s)"
+    )
+    metrics.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="for the report (default: evaluations/metrics-…)"
+    )
+    metrics.set_defaults(run=run)

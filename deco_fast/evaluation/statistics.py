@@ -1,0 +1,124 @@
+"""What a set of images amounts to in an extractor's features, and the file that keeps it."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deco_fast.checkpoint.atomic import atomic_file
+from deco_fast.errors import UserError
+from deco_fast.evaluation.extractors import FeatureExtractor
+from deco_fast.evaluation.frechet import Moments
+
+# The ADM suite's names: its evaluator reads these files as well, and this one reads its own.
+_POOLED = ("mu", "sigma")
+_SPATIAL = ("mu_s", "sigma_s")
+_ROWS = "pool_features"
+_NOTE = "deco_fast"
+
+
+@dataclass(frozen=True)
+class SetStatistics:
+    """A set of images in an extractor's features.
+
+    Attributes:
+        count: images; None where the file does not tell.
+        pooled: mean and covariance for the Fréchet distance.
+        spatial: those for sFID; None where there are none.
+        rows: the pooled features (N, D) float32 themselves, for precision and recall; None
+            likewise.
+        inception_score: None where it was not computed.
+        size: height and width of the images; None where the file does not tell.
+    """
+
+    count: int | None
+    pooled: Moments
+    spatial: Moments | None = None
+    rows: Tensor | None = None
+    inception_score: float | None = None
+    size: tuple[int, int] | None = None
+
+    def save(self, path: Path, extractor: FeatureExtractor) -> None:
+        """Write them for the next time.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        note = {
+            "features": extractor.name,
+            "fingerprint": extractor.fingerprint,
+            "count": self.count,
+            "size": self.size,
+        }
+        arrays: dict[str, Any] = {_NOTE: np.array(json.dumps(note))}
+        for names, moments in ((_POOLED, self.pooled), (_SPATIAL, self.spatial)):
+            if moments is not None:
+                values = (moments.mean.cpu().numpy(), moments.covariance.cpu().numpy())
+                arrays |= dict(zip(names, values, strict=True))
+        if self.rows is not None:
+            arrays[_ROWS] = self.rows.numpy()
+        with atomic_file(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
+
+
+def holds_statistics(path: Path) -> bool:
+    """Whether a file has a mean and a covariance in it, ours or others'."""
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return {f"{name}.npy" for name in _POOLED} <= set(archive.namelist())
+
+
+def load_statistics(path: Path, extractor: FeatureExtractor) -> SetStatistics:
+    """The statistics in a file: `SetStatistics.save`'s, the ADM suite's, or pytorch-fid's.
+
+    What is not ours counts as of the Inception network.
+
+    Raises:
+        UserError: it is damaged, or of another extractor.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            note = json.loads(str(file[_NOTE])) if _NOTE in file else {}
+            _check(path, note, extractor)
+            count = note.get("count")
+            pooled = _moments(file, _POOLED, count)
+            spatial = _moments(file, _SPATIAL, count) if _SPATIAL[0] in file else None
+            rows = torch.from_numpy(file[_ROWS]) if _ROWS in file else None
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} holds no readable statistics ({error}): make them again by --save-statistics"
+        ) from error
+    size = note.get("size")
+    return SetStatistics(count, pooled, spatial, rows, size=None if size is None else tuple(size))
+
+
+def _moments(file: Any, names: tuple[str, str], count: int | None) -> Moments:
+    mean, covariance = (torch.from_numpy(file[name]) for name in names)
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(f"{names[0]} is {tuple(mean.shape)}, {names[1]} {tuple(covariance.shape)}")
+    # The number of images only undoes the divisor that it was divided by.
+    return Moments.of(mean, covariance, count or 2)
+
+
+def _check(path: Path, note: dict[str, Any], extractor: FeatureExtractor) -> None:
+    features = note.get("features", "inception")
+    if features != extractor.name:
+        raise UserError(
+            f"{path} holds statistics of {features} features: give --features {features}, or "
+            "another --reference"
+        )
+    if note and note["fingerprint"] != extractor.fingerprint:
+        raise UserError(
+            f"{path} holds statistics of {features} with other weights: give the same --weights, "
+            "or make them again by --save-statistics"
+        )

@@ -1,0 +1,1 @@
+"""Ablations: many trainings of equal seeds and budget, evaluated alike, in one table."""

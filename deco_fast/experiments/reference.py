@@ -1,0 +1,199 @@
+"""The real images of a suite: their statistics and their spectrum, computed once and kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deco_fast.checkpoint.atomic import atomic_file
+from deco_fast.config import RunConfig
+from deco_fast.errors import UserError
+from deco_fast.evaluation.extractors import FeatureExtractor
+from deco_fast.evaluation.image_sets import ImageSet, open_images
+from deco_fast.evaluation.metrics import evaluate_images, needs_rows, open_reference
+from deco_fast.evaluation.spectrum import LabelledBatch, block_energy
+from deco_fast.evaluation.statistics import SetStatistics, holds_statistics, load_statistics
+from deco_fast.experiments.suite import DATASET, Evaluation
+from deco_fast.sampling.images import to_uint8
+from deco_fast.training.batches import TrainingImages, open_dataset
+from deco_fast.training.distributed import Processes
+
+_STATISTICS_FILE = "reference.npz"
+_NOTE_FILE = "reference.json"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What drawn images are compared with.
+
+    Attributes:
+        statistics: in the extractor's features.
+        energy: of each DCT frequency (block²,); None where the reference is statistics alone.
+    """
+
+    statistics: SetStatistics
+    energy: Tensor | None
+
+
+class DatasetImages:
+    """The training images as an `ImageSet`, in the data set's order or a random one.
+
+    Args:
+        dataset: the images.
+        config: of a run that trains on them.
+        order: the numbers of the images; None is all of them in their order.
+    """
+
+    def __init__(
+        self, dataset: TrainingImages, config: RunConfig, order: Tensor | None = None
+    ) -> None:
+        self.path = Path(config.data.dataset)
+        self.height, self.width = config.data.height, config.data.width
+        self._dataset = dataset
+        self._order = torch.arange(len(dataset)) if order is None else order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def batches(self, numbers: range, batch_size: int) -> Iterator[Tensor]:
+        """See `ImageSet`."""
+        for images, _ in self.labelled(numbers, batch_size):
+            yield images
+
+    def labelled(self, numbers: range, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same with their labels (B,)."""
+        for start in range(numbers.start, numbers.stop, batch_size):
+            chosen = self._order[start : min(start + batch_size, numbers.stop)].tolist()
+            pairs = [self._dataset[index] for index in chosen]
+            images = torch.stack([image for image, _ in pairs])
+            if images.is_floating_point():
+                images = to_uint8(images).permute(0, 3, 1, 2)
+            yield images, torch.tensor([label for _, label in pairs])
+
+
+class WatchedImages:
+    """An image set whose spectrum is summed up while its images pass.
+
+    Args:
+        images: the set.
+    """
+
+    def __init__(self, images: ImageSet) -> None:
+        self.path, self.height, self.width = images.path, images.height, images.width
+        self._images, self._sum = images, torch.zeros(1)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def batches(self, numbers: range, batch_size: int) -> Iterator[Tensor]:
+        """See `ImageSet`."""
+        for batch in self._images.batches(numbers, batch_size):
+            self._sum = self._sum + len(batch) * image_energy(batch)
+            yield batch
+
+    def energy(self, processes: Processes) -> Tensor:
+        """Of each DCT frequency (block²,), once all processes together have seen all images."""
+        return processes.gather_rows(self._sum[None]).sum(dim=0) / len(self)
+
+
+def shuffled(config: RunConfig, count: int, seed: int) -> DatasetImages:
+    """So many training images, drawn without replacement."""
+    dataset = open_dataset(config)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(dataset), generator=generator)[:count]
+    return DatasetImages(dataset, config, order)
+
+
+def labelled_batches(config: RunConfig, count: int, batch_size: int) -> Iterator[LabelledBatch]:
+    """Training images in [−1, 1] with their labels, for the spectrum of the DiT's output."""
+    images = shuffled(config, count, seed=0)
+    for pixels, labels in images.labelled(range(len(images)), batch_size):
+        yield LabelledBatch(pixels.float() / 127.5 - 1, labels)
+
+
+def suite_reference(
+    evaluation: Evaluation,
+    config: RunConfig,
+    extractor: FeatureExtractor,
+    folder: Path,
+    processes: Processes,
+) -> Reference:
+    """The reference of a suite, from its folder if it is there.
+
+    Args:
+        evaluation: what is needed of it.
+        config: of any of its runs, whose data are the same.
+        extractor: on the process's device.
+        folder: the suite's.
+        processes: those that share the work.
+
+    Raises:
+        UserError: it cannot be read or kept.
+    """
+    keep_rows = needs_rows(evaluation.metrics)
+    path = Path(evaluation.reference)
+    if evaluation.reference == DATASET:
+        images: ImageSet | None = DatasetImages(open_dataset(config), config)
+        identity = str(open_dataset(config).fingerprint)
+    else:
+        images, identity = _images_in(path), str(path.resolve())
+    note = {"identity": identity, "rows": keep_rows, "extractor": extractor.fingerprint}
+    kept = processes.from_main(_read_note(folder / _NOTE_FILE, note) if processes.is_main else None)
+    if kept is not None:
+        statistics = load_statistics(folder / _STATISTICS_FILE, extractor)
+        energy = kept["energy"]
+        return Reference(
+            statistics, None if energy is None else torch.tensor(energy, dtype=torch.float64)
+        )
+    if images is not None and not holds_statistics(path):
+        watched = WatchedImages(images)
+        statistics = evaluate_images(
+            watched, extractor, processes, evaluation.batch_size, keep_rows
+        )
+        found: Tensor | None = watched.energy(processes)
+    else:
+        statistics = open_reference(
+            path, extractor, processes, batch_size=evaluation.batch_size, keep_rows=keep_rows
+        )
+        found = None
+        if images is not None:
+            watched = WatchedImages(images)
+            for _ in watched.batches(processes.share(len(images)), evaluation.batch_size):
+                pass
+            found = watched.energy(processes)
+    if processes.is_main:
+        statistics.save(folder / _STATISTICS_FILE, extractor)
+        kept = {**note, "energy": None if found is None else found.tolist()}
+        with atomic_file(folder / _NOTE_FILE) as temporary:
+            temporary.write_text(json.dumps(kept) + "\n", encoding="utf-8")
+    processes.barrier()
+    return Reference(statistics, found)
+
+
+def image_energy(images: Tensor) -> Tensor:
+    """The spectrum of uint8 images (B, 3, H, W), on the scale of [−1, 1]."""
+    return block_energy(images.float() / 127.5 - 1)
+
+
+def _images_in(path: Path) -> ImageSet | None:
+    try:
+        return open_images(path)
+    except UserError:
+        if path.is_file():  # statistics alone
+            return None
+        raise
+
+
+def _read_note(path: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    fits = isinstance(note, dict) and all(note.get(key) == expected[key] for key in expected)
+    return note if fits and path.with_name(_STATISTICS_FILE).is_file() else None

@@ -1,0 +1,249 @@
+"""Runs a suite: trains, evaluates and tabulates one run after another, from wherever it stopped.
+
+Under torchrun all processes share every run and every evaluation, one process for each GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deco_fast.checkpoint import load_checkpoint
+from deco_fast.checkpoint.atomic import atomic_file
+from deco_fast.compiling import explain_compile_errors, keep_compiled_code
+from deco_fast.errors import UserError
+from deco_fast.evaluation.extractors import FeatureExtractor, open_extractor
+from deco_fast.evaluation.metrics import (
+    Collector,
+    check_comparable,
+    compare,
+    evaluate_images,
+    needs_rows,
+)
+from deco_fast.evaluation.precision_recall import NEIGHBOURS
+from deco_fast.evaluation.spectrum import DIT_OUTPUT, measure_spectra, spectral_error
+from deco_fast.experiments.reference import (
+    Reference,
+    WatchedImages,
+    image_energy,
+    labelled_batches,
+    shuffled,
+    suite_reference,
+)
+from deco_fast.experiments.suite import DATASET, Evaluation, PlannedRun, Suite, SuiteFolder
+from deco_fast.experiments.table import RunResult, write_tables
+from deco_fast.sampling.engine import SamplingEngine
+from deco_fast.sampling.run import draw, labels_for, weights_checksum
+from deco_fast.training.distributed import Processes
+from deco_fast.training.initial import open_initial_weights
+from deco_fast.training.run_folder import RunFolder
+from deco_fast.training.trainer import Trainer
+
+REAL_IMAGES = "real images"
+"""The name of the row with as many real images as were drawn: what a perfect model would get."""
+
+
+def run_suite(
+    suite: Suite,
+    runs: Sequence[PlannedRun],
+    folder: Path,
+    processes: Processes,
+    say: Callable[[str], None],
+) -> int:
+    """Do what is left to do of a suite.
+
+    Args:
+        suite: how to evaluate.
+        runs: from `plan`.
+        folder: the suite's.
+        processes: this process among those that share the work.
+        say: tells people.
+
+    Returns:
+        0, or 128 + the number of the signal that asked to stop; the same call then goes on.
+
+    Raises:
+        UserError: a run or an evaluation fails; what was done so far is kept.
+    """
+    where = SuiteFolder(folder)
+    evaluation = suite.evaluation
+    for run in runs:  # before hours are spent on the first of them
+        if processes.is_main:
+            RunFolder(where.run(run), run.config).check()
+    extractor = open_extractor(evaluation.features, evaluation.weights, processes.device)
+    say(f"reference: {evaluation.reference}")
+    reference = suite_reference(evaluation, runs[0].config, extractor, folder, processes)
+    _rehearse(evaluation, runs[0], extractor, reference, processes)
+    results = []
+    if evaluation.reference == DATASET:
+        results.append(_real_images(evaluation, runs[0], extractor, reference, where, processes))
+    keep_compiled_code()
+    for number, run in enumerate(runs, start=1):
+        title = f"[{number}/{len(runs)}] {run.row.name}, seed {run.seed}"
+        status = _train(run, where.run(run), processes, title, say)
+        if status is not None:
+            return status
+        found = _evaluate(run, evaluation, extractor, reference, where, processes)
+        say(f"{title}: {_listed(found.values)}")
+        results.append(found)
+        if processes.is_main:
+            write_tables(suite, results, len(runs), folder)
+    return 0
+
+
+def _rehearse(
+    evaluation: Evaluation,
+    run: PlannedRun,
+    extractor: FeatureExtractor,
+    reference: Reference,
+    processes: Processes,
+) -> None:
+    """See on a few images whether the evaluation is possible, before hours of training.
+
+    Raises:
+        UserError: it is not.
+    """
+    few = shuffled(run.config, max(NEIGHBOURS + 1, processes.world_size), seed=0)
+    found = evaluate_images(few, extractor, processes)
+    drawn = dataclasses.replace(found, count=evaluation.num)
+    check_comparable(drawn, reference.statistics, evaluation.metrics)
+
+
+def _train(
+    run: PlannedRun, path: Path, processes: Processes, title: str, say: Callable[[str], None]
+) -> int | None:
+    """Train to the end, or return the exit status of the signal that stopped it."""
+    folder = RunFolder(path, run.config)
+    if folder.finished:
+        return None
+    initial = None
+    if run.config.training.init_from is not None and folder.newest_checkpoint() is None:
+        initial = open_initial_weights(run.config.training.init_from, run.config.model)
+    # Of the run before, with which torch would count this one's as recompilations.
+    torch.compiler.reset()
+    trainer = Trainer(run.config, folder, processes)
+    if processes.is_main:
+        folder.open()
+    processes.barrier()
+    passed_over = trainer.resume()
+    if initial is not None:
+        say(f"{title}: {initial.load(trainer.training)}")
+    say(f"{title}: training from step {trainer.step:,} to {run.config.training.steps:,}")
+    for line in passed_over or ():
+        say(f"{title}: {line}: going on from the one before")
+    with explain_compile_errors("give --set training.compile=false"):
+        interrupt = trainer.run()
+    if trainer.step < run.config.training.steps:
+        say(f"{title}: saved at step {trainer.step:,}; the same command goes on from there")
+        return interrupt.exit_status
+    return None
+
+
+def _evaluate(
+    run: PlannedRun,
+    evaluation: Evaluation,
+    extractor: FeatureExtractor,
+    reference: Reference,
+    where: SuiteFolder,
+    processes: Processes,
+) -> RunResult:
+    """Draw and compare, or read what was found before."""
+    path = where.evaluation(run.name)
+    checkpoint = RunFolder(where.run(run), run.config).newest_checkpoint()
+    if checkpoint is None:
+        raise UserError(f"{where.run(run)} has finished and has no complete checkpoint: delete it")
+    model = load_checkpoint(checkpoint, "ema", processes.device)
+    assert model.card is not None
+    source = {
+        "weights_checksum": weights_checksum(model),
+        "evaluation": evaluation.model_dump(mode="json"),
+        "extractor": extractor.fingerprint,
+    }
+    values = processes.from_main(_read_values(path, source) if processes.is_main else None)
+    if values is None:
+        labels = labels_for(evaluation.num, model.config.num_classes)
+        numbers = processes.share(evaluation.num)
+        collector = Collector(evaluation.num, numbers, processes, needs_rows(evaluation.metrics))
+        engine = SamplingEngine(model, model.card.sampling, batch_size=evaluation.batch_size)
+        energy = torch.zeros(1)
+        for _, images in draw(
+            engine,
+            labels[numbers.start : numbers.stop],
+            numbers,
+            seed=evaluation.seed,
+            progress=processes.is_main,
+        ):
+            pixels = images.permute(0, 3, 1, 2)
+            energy = energy + len(pixels) * image_energy(pixels)
+            collector.add(extractor(pixels.to(processes.device)))
+        statistics = collector.finish((model.card.height, model.card.width))
+        values = compare(statistics, reference.statistics, processes, evaluation.metrics)
+        energy = processes.gather_rows(energy[None]).sum(dim=0) / evaluation.num
+        if reference.energy is not None:
+            values["spectral_error"] = spectral_error(energy, reference.energy)
+        if evaluation.spectrum_images and hasattr(model, "encode"):
+            batches = labelled_batches(
+                run.config, evaluation.spectrum_images, evaluation.batch_size
+            )
+            spectra = measure_spectra(model, run.name, batches, device=processes.device)
+            shares = [s.high_share for s in spectra if s.signal == DIT_OUTPUT]
+            values["dit_high_share"] = sum(shares) / len(shares)
+        if processes.is_main:
+            _write_values(path, source, values)
+    return RunResult(run.row.name, run.seed, sum(p.numel() for p in model.parameters()), values)
+
+
+def _real_images(
+    evaluation: Evaluation,
+    run: PlannedRun,
+    extractor: FeatureExtractor,
+    reference: Reference,
+    where: SuiteFolder,
+    processes: Processes,
+) -> RunResult:
+    """As many real images as are drawn, compared with all: zero but for their number."""
+    path = where.evaluation("real-images")
+    source = {
+        "evaluation": evaluation.model_dump(mode="json"),
+        "extractor": extractor.fingerprint,
+        "count": reference.statistics.count,
+    }
+    values = processes.from_main(_read_values(path, source) if processes.is_main else None)
+    if values is None:
+        images = WatchedImages(shuffled(run.config, evaluation.num, evaluation.seed))
+        keep_rows = needs_rows(evaluation.metrics)
+        found = evaluate_images(images, extractor, processes, evaluation.batch_size, keep_rows)
+        values = compare(found, reference.statistics, processes, evaluation.metrics)
+        energy = images.energy(processes)
+        if reference.energy is not None:
+            values["spectral_error"] = spectral_error(energy, reference.energy)
+        if processes.is_main:
+            _write_values(path, source, values)
+    return RunResult(REAL_IMAGES, evaluation.seed, None, values)
+
+
+def _read_values(path: Path, source: Mapping[str, Any]) -> dict[str, float] | None:
+    """What was found before of the same weights in the same way."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(document, dict) or document.get("source") != json.loads(json.dumps(source)):
+        return None
+    values = document.get("values")
+    return values if isinstance(values, dict) else None
+
+
+def _write_values(path: Path, source: Mapping[str, Any], values: Mapping[str, float]) -> None:
+    with atomic_file(path) as temporary:
+        document = {"source": source, "values": values}
+        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _listed(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
