@@ -13,7 +13,6 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks import quiet
 from benchmarks.machine import Machine
 from benchmarks.memory import peak_memory, saved_for_backward
 from benchmarks.timing import Turns
@@ -199,17 +198,15 @@ class Compare:
         if rows is None:
             rows = variants(machine, op_names, precisions, compile_fused)
         label = DTYPE_LABEL[compute_dtype]
-        with quiet.preparing():
-            prepared = self._prepare(rows, build, tolerance)
-        with quiet.measuring():
-            comparison = Comparison(
-                f"{title}, {label}",
-                conditions,
-                work.flops,
-                work.bytes,
-                *machine.floor(work, compute_dtype),
-            )
-            self._measure(comparison, prepared, backward, min_rounds)
+        prepared = self._prepare(rows, build, tolerance)
+        comparison = Comparison(
+            f"{title}, {label}",
+            conditions,
+            work.flops,
+            work.bytes,
+            *machine.floor(work, compute_dtype),
+        )
+        self._measure(comparison, prepared, backward, min_rounds)
         comparison.rows += [
             Row(variant.name, variant.is_baseline, reason)
             for variant, reason in rows.items()
@@ -257,8 +254,6 @@ class Compare:
             prepared.append(_Prepared(variant, subject, run, error, remark))
             del results, required
         del expected
-        if self._machine.device.type == "cuda":
-            torch.cuda.empty_cache()  # for the others who prepare
         return prepared
 
     def _measure(

@@ -2,14 +2,11 @@
 
     python -m benchmarks.record OUT                 on a GPU: everything, about half an hour
     python -m benchmarks.record OUT --minutes 9     what fits; typed again it goes on
-    python -m benchmarks.record OUT --jobs 6        pieces prepare side by side, for the impatient
     python -m benchmarks.record OUT --device cpu --trial   does the script work?
 
 Each piece is a process of its own that ends within ten minutes or is ended, and leaves a folder
 in OUT: its output, its exit status, its figures. A piece that has passed is not run again. At the
-end, and after every piece, `record.json` and `record.md` hold all figures there are. Pieces that
-run side by side compile at the same time, and measure one after the other while all others are
-still (`benchmarks.quiet`).
+end, and after every piece, `record.json` and `record.md` hold all figures there are.
 """
 
 from __future__ import annotations
@@ -23,15 +20,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import quiet
 from benchmarks.comparison import Comparison, Row
 from benchmarks.report import describe_comparison, describe_machine
 from deco_fast.errors import UserError, run_command
@@ -54,18 +48,12 @@ class Piece:
         command: what it runs, in the repository's root.
         seconds: that it is expected to take on an H200; it is not begun with less time left.
         environment: variables of its own.
-        gib: memory of the GPU that it needs at most.
-        measures: whether it takes turns with the others by itself.
-        alone: whether nothing may run beside it.
     """
 
     name: str
     command: tuple[str, ...]
     seconds: int
     environment: dict[str, str] = field(default_factory=dict)
-    gib: int = 2
-    measures: bool = False
-    alone: bool = False
 
 
 def pieces(device: str, trial: bool, out: Path) -> Iterator[Piece]:
@@ -76,7 +64,6 @@ def pieces(device: str, trial: bool, out: Path) -> Iterator[Piece]:
         (python, "setup.py", "build_ext", "--inplace"),
         120,
         {"DECO_REQUIRE_EXTENSION": "1"},
-        alone=True,
     )
     yield Piece("backends", (python, "-m", "deco_fast.ops"), 20)
     gpu_tests = (python, "-m", "pytest", "-q", "-m", "gpu", "--durations", "10")
@@ -91,14 +78,17 @@ def pieces(device: str, trial: bool, out: Path) -> Iterator[Piece]:
             check = (sanitizer, "--tool", "memcheck", "--error-exitcode", "1")
             yield Piece("memcheck", (*check, *gpu_tests, "tests/kernels", "-k", "float32"), 400)
 
-    def benchmark(name: str, test: str, *options: str, seconds: int, gib: int = 10) -> Piece:
+    def benchmark(name: str, test: str, *options: str, seconds: int) -> Piece:
         figures = ("--record", str(out / name / FIGURES))
         base = (python, "-m", "pytest", "-q", "--benchmark-only", "--device", device)
         mode = ("--trial",) if trial else ()
-        command = (*base, *mode, test, *options, *figures)
-        return Piece(name, command, seconds, gib=gib, measures=True)
+        return Piece(name, (*base, *mode, test, *options, *figures), seconds)
 
     batch = () if trial else ("--batch", "32")
+    for precision in ("bf16", "fp32"):
+        test = "benchmarks/test_decoder.py"
+        yield benchmark(f"decoder-{precision}", test, "-k", precision, *batch, seconds=120)
+    yield benchmark("loss", "benchmarks/test_loss.py", *batch, seconds=60)
     for model in ("deco-digits",) if trial else ("deco-l", "deco-xl"):
         yield benchmark(
             f"training-{model}",
@@ -106,12 +96,7 @@ def pieces(device: str, trial: bool, out: Path) -> Iterator[Piece]:
             *("-k", f"{model}-bf16", "--paper"),
             *batch,
             seconds=300,
-            gib=30 if model == "deco-l" else 45,
         )
-    for precision in ("bf16", "fp32"):
-        test = "benchmarks/test_decoder.py"
-        yield benchmark(f"decoder-{precision}", test, "-k", precision, *batch, seconds=120, gib=12)
-    yield benchmark("loss", "benchmarks/test_loss.py", *batch, seconds=60, gib=3)
     if trial:
         yield benchmark(
             "sampling", "benchmarks/test_sampling.py", "-k", "deco-digits and bf16", seconds=60
@@ -124,7 +109,6 @@ def pieces(device: str, trial: bool, out: Path) -> Iterator[Piece]:
                     "benchmarks/test_sampling.py",
                     *("-k", f"{case} and bf16", "--paper", "--batch", str(images)),
                     seconds=240 if images < 64 else 400,
-                    gib=6 if images == 1 else 10 if images == 16 else 25,
                 )
     for start in ("cold", "second"):
         command = (python, "-m", "benchmarks.cold_start", "--device", device)
@@ -138,18 +122,15 @@ def run_piece(piece: Piece, out: Path, seconds: float) -> int:
     """Run it in its folder's log; its exit status, 124 where it was ended."""
     folder = out / piece.name
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    # Before what is there already, such as a folder of packages that were carried along.
+    paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
-        quiet.LOCK_VARIABLE: str(out / "lock"),
     }
     started = time.monotonic()
-    with (
-        nullcontext() if piece.measures else quiet.preparing(out / "lock"),
-        (folder / LOG).open("w", encoding="utf-8") as log,
-    ):
+    with (folder / LOG).open("w", encoding="utf-8") as log:
         print(shlex.join(piece.command), file=log, flush=True)
         try:
             status = subprocess.run(
@@ -234,9 +215,6 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--trial", action="store_true", help="tiny shapes")
     parser.add_argument("--minutes", type=float, help="begin nothing that would end later")
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="pieces that prepare side by side (default 1)"
-    )
     parser.add_argument("--only", nargs="+", metavar="PIECE", help="of all pieces these")
     return parser.parse_args(argv)
 
@@ -257,72 +235,28 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.only or ():
         if name not in names:
             raise UserError(f"--only {name}: there is no such piece; choose {', '.join(names)}")
-    if options.jobs < 1:
-        raise UserError(f"--jobs {options.jobs}: must be at least 1")
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
-    waiting = [piece for piece in chosen if not options.only or piece.name in options.only]
-    gib = _gpu_gib(options.device)
-    return int(not run_pieces(waiting, names, out, options.jobs, deadline, gib))
-
-
-def _gpu_gib(device: str) -> float:
-    return torch.cuda.mem_get_info()[1] / 2**30 if device == "cuda" else float("inf")
-
-
-def run_pieces(
-    pieces: Sequence[Piece],
-    names: Sequence[str],
-    out: Path,
-    jobs: int,
-    deadline: float,
-    gib: float = float("inf"),
-) -> bool:
-    """Run what has not passed yet, in order, up to `jobs` at a time.
-
-    Args:
-        pieces: to run.
-        names: of all pieces of the record.
-        out: its folder.
-        jobs: pieces at a time.
-        deadline: of `time.monotonic`, after which nothing may end.
-        gib: memory for all pieces that run at a time.
-
-    Returns:
-        Whether all have passed.
-    """
-    waiting, running, complete = list[Piece](), dict[Future[int], Piece](), True
-    for piece in pieces:
+    incomplete = False
+    for piece in chosen:
+        if options.only and piece.name not in options.only:
+            continue
         if passed(piece, out):
             print(f"{piece.name:<24} passed before", flush=True)
-        else:
-            waiting.append(piece)
-    with ThreadPoolExecutor(jobs) as pool:
-        while waiting or running:
-            left = deadline - time.monotonic()
-            for piece in tuple(waiting):
-                used = sum(other.gib for other in running.values())
-                fits = used + piece.gib <= gib and not piece.alone
-                if any(other.alone for other in running.values()):
-                    break
-                if left < piece.seconds:
-                    print(f"{piece.name:<24} left for another time", flush=True)
-                    waiting.remove(piece)
-                    complete = False
-                elif len(running) < jobs and (not running or fits):
-                    waiting.remove(piece)
-                    seconds = min(PIECE_SECONDS, left)
-                    running[pool.submit(run_piece, piece, out, seconds)] = piece
-            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
-                piece, status = running.pop(future), future.result()
-                complete &= status == 0
-                word = {0: "passed", 124: "ended: too slow"}.get(status, f"failed with {status}")
-                print(f"{piece.name:<24} {word}: {out / piece.name / LOG}", flush=True)
-                record = gather(names, out)
-                text = json.dumps(record, indent=1) + "\n"
-                (out / "record.json").write_text(text, encoding="utf-8")
-                (out / "record.md").write_text(describe(record), encoding="utf-8")
-    return complete
+            continue
+        left = deadline - time.monotonic()
+        if left < piece.seconds:
+            print(f"{piece.name:<24} left for another time", flush=True)
+            incomplete = True
+            continue
+        status = run_piece(piece, out, min(PIECE_SECONDS, left))
+        incomplete |= status != 0
+        word = {0: "passed", 124: "ended: too slow"}.get(status, f"failed with {status}")
+        print(f"{piece.name:<24} {word}: {out / piece.name / LOG}", flush=True)
+        record = gather(names, out)
+        (out / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (out / "record.md").write_text(describe(record), encoding="utf-8")
+    return int(incomplete)
 
 
 if __name__ == "__main__":

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks import quiet, readme, record
-from benchmarks.record import (
-    FIGURES,
-    Piece,
-    describe,
-    gather,
-    main,
-    passed,
-    pieces,
-    run_piece,
-    run_pieces,
-)
+from benchmarks import readme, record
+from benchmarks.record import FIGURES, Piece, describe, gather, main, passed, pieces, run_piece
 
 FIGURE = {
     "date": "2026-11-22T10:00:00+00:00",
@@ -100,64 +87,6 @@ def test_nothing_is_begun_that_would_end_too_late(
     monkeypatch.setattr(record, "pieces", lambda *_: [slow])
     assert main([str(tmp_path), "--device", "cpu", "--minutes", "1"]) == 1
     assert "slow                     left for another time" in capsys.readouterr().out
-
-
-def run_together(
-    pieces: list[Piece], out: Path, jobs: int, run: Callable[[Piece], None], together: int
-) -> None:
-    """Run pieces that do nothing but meet: so many must be under way at a time, and no more."""
-    meeting, under_way = threading.Barrier(together), set[str]()
-
-    def meet(piece: Piece, out: Path, seconds: float) -> int:
-        under_way.add(piece.name)
-        run(piece)
-        meeting.wait(60)
-        assert len(under_way) <= together
-        under_way.discard(piece.name)
-        return 0
-
-    names = [piece.name for piece in pieces]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(record, "run_piece", meet)
-        assert run_pieces(pieces, names, out, jobs, float("inf"), gib=10)
-
-
-@pytest.mark.parametrize(
-    ("fields", "jobs", "together"),
-    [
-        ([{}, {}, {}], 3, 3),
-        ([{}, {}], 1, 1),
-        ([{"gib": 6}, {"gib": 6}], 2, 1),
-        ([{"gib": 6}, {"gib": 4}], 2, 2),
-        ([{"alone": True}, {}], 2, 1),
-        ([{}, {"alone": True}], 2, 1),
-        ([{"gib": 99}], 2, 1),
-    ],
-)
-def test_pieces_side_by_side(
-    fields: list[dict[str, Any]], jobs: int, together: int, tmp_path: Path
-) -> None:
-    """As many as there are jobs, memory for, and none that wants to be alone."""
-    pieces = [Piece(f"piece{i}", (), 1, **own) for i, own in enumerate(fields)]
-    begun: list[str] = []
-    run_together(pieces, tmp_path, jobs, lambda piece: begun.append(piece.name), together)
-    assert sorted(begun) == [piece.name for piece in pieces]
-
-
-def test_who_measures_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(quiet.LOCK_VARIABLE, str(tmp_path / "lock"))
-    measured = threading.Event()
-
-    def measure() -> None:
-        with quiet.measuring():
-            measured.set()
-
-    with quiet.preparing(), quiet.preparing():
-        thread = threading.Thread(target=measure)
-        thread.start()
-        assert not measured.wait(0.2)
-    thread.join()
-    assert measured.is_set()
 
 
 def test_rates_of_all_pieces_come_together(tmp_path: Path) -> None:
