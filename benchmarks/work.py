@@ -18,7 +18,7 @@ from functools import cache
 import torch
 
 from deco_fast.kernels.flow_matching_loss.reference import BLOCK
-from deco_fast.kernels.pixel_decoder.reference import NUM_FREQUENCIES
+from deco_fast.kernels.pixel_decoder.reference import POSITION_FEATURES
 from deco_fast.models.config import DeCoConfig
 from deco_fast.models.deco import DeCo
 from deco_fast.models.decoder import PixelDecoder
@@ -86,7 +86,7 @@ def decoder_flops(
     Backward: twice that, less the gradient of the decoder's input features.
     """
     channels, width = images.values // images.pixels, config.decoder_hidden_size
-    features = channels if folded_input else channels + NUM_FREQUENCIES**2
+    features = channels if folded_input else channels + POSITION_FEATURES
     first = 2 * features * width
     rest = (
         (0 if folded_input else 2 * width**2)

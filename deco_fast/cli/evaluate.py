@@ -22,7 +22,9 @@ from deco_fast.checkpoint.format import WEIGHTS
 from deco_fast.cli.parser import CommandParser, checked, number, one_of, whole_number
 from deco_fast.errors import UserError, run_command
 from deco_fast.evaluation.digits import DigitsEvaluator
+from deco_fast.models.config import DeCoConfig
 from deco_fast.models.deco import DeCo
+from deco_fast.models.network import DeCoNetwork
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import save_grid
 from deco_fast.sampling.recipes import resolve_settings
@@ -97,11 +99,12 @@ def _from_checkpoint(options: argparse.Namespace) -> _Images:
     checkpoint = locate(named)
     model = load_checkpoint(checkpoint, drawing["weights"], device)
     assert model.card is not None
-    _check_draws_digits(model, checkpoint)
+    num_classes = _check_draws_digits(model, checkpoint)
+    assert isinstance(model, DeCo)
     settings = resolve_settings(
         model.card.sampling, None, {name: getattr(options, name) for name in _SETTINGS}
     )
-    labels = labels_for(drawing["num"], model.config.num_classes)
+    labels = labels_for(drawing["num"], num_classes)
 
     def get() -> tuple[Tensor, Tensor]:
         because = f" ({reason})" if reason else ""
@@ -121,14 +124,20 @@ def _from_checkpoint(options: argparse.Namespace) -> _Images:
     return _Images(name, source, get)
 
 
-def _check_draws_digits(model: DeCo, checkpoint: Path) -> None:
+def _check_draws_digits(model: DeCoNetwork, checkpoint: Path) -> int:
+    """The number of the model's classes, which must be ten."""
     config, card = model.config, model.card
     assert card is not None
+    if not isinstance(config, DeCoConfig):
+        raise UserError(
+            f"{checkpoint} draws from text: name a checkpoint that was trained on the digits"
+        )
     if config.num_classes != 10 or config.in_channels != 3 or card.height != card.width:
         raise UserError(
             f"{checkpoint} draws {card.height}×{card.width} images of {config.num_classes} "
             "classes: name a checkpoint that was trained on the digits"
         )
+    return config.num_classes
 
 
 def _from_file(options: argparse.Namespace) -> _Images:

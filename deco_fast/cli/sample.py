@@ -103,6 +103,8 @@ def _plan(options: argparse.Namespace) -> _Plan:
     )
     checkpoint = locate(named)
     config = read_config(checkpoint)
+    if not isinstance(config, DeCoConfig):
+        raise UserError(f"{checkpoint} draws from text: use deco_fast.sample")
     card = preset(options.preset).card if options.preset else read_card(checkpoint)
     height, width = options.height or card.height, options.width or card.width
     _check_size(config, height, width)
@@ -162,6 +164,7 @@ def _run(plan: _Plan, options: argparse.Namespace, processes: Processes) -> int:
         DTYPES[options.dtype],
         options.preset,
     )
+    assert isinstance(model, DeCo)
     engine_of = functools.partial(
         SamplingEngine,
         model,

@@ -1,12 +1,12 @@
-"""A DiT block: attention and SwiGLU, both under AdaLN modulation."""
+"""DiT blocks: attention and SwiGLU, both under AdaLN modulation."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deco_fast.models.attention import Attention
-from deco_fast.models.config import DeCoConfig
+from deco_fast.models.attention import Attention, JointAttention
+from deco_fast.models.config import NetworkConfig
 from deco_fast.models.norm import RMSNorm
 
 
@@ -23,24 +23,82 @@ class SwiGLU(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
+class FusedSwiGLU(nn.Module):
+    """w3(silu(gate) · value) with [gate, value] = w12 x, without biases: the text model's (B.3)."""
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(hidden_size, 2 * inner_size, bias=False)
+        self.w3 = nn.Linear(inner_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x · (1 + scale) + shift."""
     return x * (1 + scale) + shift
 
 
-class DiTBlock(nn.Module):
-    """x += gate₁·Attention(modulate(norm x)); x += gate₂·SwiGLU(modulate(norm x)) (B.3)."""
+class ModulatedBlock(nn.Module):
+    """x += gate₁·attention(modulate(norm x)); x += gate₂·mlp(modulate(norm x)) (B.3)."""
 
-    def __init__(self, config: DeCoConfig) -> None:
+    def __init__(self, hidden_size: int, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(config.hidden_size)
-        self.attention = Attention(config.hidden_size, config.num_heads)
-        self.norm2 = RMSNorm(config.hidden_size)
-        self.mlp = SwiGLU(config.hidden_size, config.mlp_hidden_size)
-        self.modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
+        self.norm1 = RMSNorm(hidden_size)
+        self.attention = attention
+        self.norm2 = RMSNorm(hidden_size)
+        self.mlp = mlp
+        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
 
-    def forward(self, x: Tensor, condition: Tensor, rotary: Tensor) -> Tensor:
-        """Tokens x (B, L, D) under the activated condition (B, 1, D) to (B, L, D)."""
+    def forward(self, x: Tensor, condition: Tensor, *context: Tensor) -> Tensor:
+        """Tokens x (B, L, D) under the activated condition (B, 1, D) to (B, L, D).
+
+        `context` is what the attention takes beside its tokens.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
-        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1), rotary)
+        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1), *context)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class DiTBlock(ModulatedBlock):
+    """A block of the class model; its context is the rotary table (L, head_dim/2, 2)."""
+
+    attention: Attention
+    mlp: SwiGLU
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__(
+            config.hidden_size,
+            Attention(config.hidden_size, config.num_heads),
+            SwiGLU(config.hidden_size, config.mlp_hidden_size),
+        )
+
+
+class TextBlock(ModulatedBlock):
+    """A block that refines the text; no context, for text has no rotary embedding."""
+
+    attention: Attention
+    mlp: FusedSwiGLU
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__(
+            config.hidden_size,
+            Attention(config.hidden_size, config.num_heads),
+            FusedSwiGLU(config.hidden_size, config.mlp_hidden_size),
+        )
+
+
+class JointBlock(ModulatedBlock):
+    """A block of the text model; its context is the text (B, T, D) and the rotary table."""
+
+    attention: JointAttention
+    mlp: FusedSwiGLU
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__(
+            config.hidden_size,
+            JointAttention(config.hidden_size, config.num_heads),
+            FusedSwiGLU(config.hidden_size, config.mlp_hidden_size),
+        )

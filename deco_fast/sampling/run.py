@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deco_fast.errors import UserError
-from deco_fast.models.deco import DeCo
+from deco_fast.models.network import DeCoNetwork
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import to_uint8
 from deco_fast.sampling.noise import noise_for
@@ -117,7 +117,7 @@ def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
     yield from held
 
 
-def weights_checksum(model: DeCo) -> str:
+def weights_checksum(model: DeCoNetwork) -> str:
     """Sixteen hexadecimal digits that tell two sets of weights apart, the same on any device.
 
     A sum over the bits of each tensor: exact in any order, and a moment's work for any size.
