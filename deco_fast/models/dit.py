@@ -22,6 +22,10 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
+    def gate_value_down(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The three weights: (inner, hidden), (inner, hidden), (hidden, inner)."""
+        return self.w1.weight, self.w3.weight, self.w2.weight
+
 
 class FusedSwiGLU(nn.Module):
     """w3(silu(gate) · value) with [gate, value] = w12 x, without biases: the text model's (B.3)."""
@@ -34,6 +38,10 @@ class FusedSwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(gate) * value)
+
+    def gate_value_down(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The three weights: (inner, hidden), (inner, hidden), (hidden, inner)."""
+        return *self.w12.weight.chunk(2), self.w3.weight  # type: ignore[return-value]
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

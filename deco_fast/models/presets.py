@@ -68,6 +68,7 @@ PRESETS: dict[str, Preset] = {
             sampling=SamplingSettings(
                 solver="adams", order=2, steps=25, guidance_scale=4.0, time_shift=3.0
             ),
+            text_encoder="hf:Qwen/Qwen3-1.7B",
         ),
     ),
 }
