@@ -10,13 +10,14 @@ refinement of the text is conditioned on the time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deco_fast.conditioning.qwen3 import EncodeText
 from deco_fast.models.deco import DeCo
 from deco_fast.models.deco_t2i import DeCoT2I
 from deco_fast.models.dit import DiTBlock, JointBlock
@@ -25,9 +26,6 @@ from deco_fast.models.prepared import fold_norms, prepared_text_keys_values
 
 Condition = int | str
 """A class label or a prompt."""
-
-EncodeText = Callable[[Sequence[str]], Tensor]
-"""Prompts to their features (N, text_length, text_size)."""
 
 # Tokens of text that are refined at once: enough to keep a GPU busy, a few hundred megabytes.
 _TOKENS_AT_ONCE = 2**14

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deco_fast.conditioning.qwen3 import EncodeText
 from deco_fast.guidance import guide
 from deco_fast.kernels.layout import patchify
 from deco_fast.models.card import SamplingSettings
@@ -25,7 +26,7 @@ from deco_fast.models.fp8 import to_fp8
 from deco_fast.models.network import DeCoNetwork
 from deco_fast.models.prepared import PreparedBlock, WeightLayout, prepared_rotary_table
 from deco_fast.sampling.batch_size import default_batch_size
-from deco_fast.sampling.condition_table import Condition, EncodeText, condition_table
+from deco_fast.sampling.condition_table import Condition, condition_table
 from deco_fast.sampling.schedule import schedule
 
 TABLE_BYTES = 2**30
