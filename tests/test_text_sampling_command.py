@@ -18,9 +18,11 @@ from deco_fast.checkpoint import save_checkpoint
 from deco_fast.cli.sample import main
 from deco_fast.conditioning.qwen3 import Qwen3TextEncoder
 from deco_fast.models.card import ModelCard, SamplingSettings
-from deco_fast.sampling.benchmark_folders import DpgFolder
+from deco_fast.sampling.benchmark_folders import DpgFolder, GenEvalFolder
 from deco_fast.sampling.images import to_uint8
 from deco_fast.sampling.noise import noise_for
+from deco_fast.sampling.prompts import DpgPrompt, GenEvalPrompt
+from deco_fast.sampling.run import share
 
 CONFIG = DeCoT2IConfig(
     hidden_size=16,
@@ -246,6 +248,31 @@ class TestDpg:
         assert Path("d/mine.png").read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("folder_class", [GenEvalFolder, DpgFolder])
+def test_several_processes_share_a_benchmark(
+    folder_class: type[GenEvalFolder] | type[DpgFolder], tmp_path: Path
+) -> None:
+    prompts = [(f"prompt {i}", str(i)) for i in range(3)]
+    pictures = torch.randint(256, (12, 4, 4, 3), dtype=torch.uint8)
+
+    def opened() -> GenEvalFolder | DpgFolder:
+        if folder_class is DpgFolder:
+            return DpgFolder(tmp_path / "out", {}, [DpgPrompt(*prompt) for prompt in prompts])
+        return GenEvalFolder(tmp_path / "out", {}, [GenEvalPrompt(*prompt) for prompt in prompts])
+
+    opened().open()
+    for rank in (0, 1):  # with batches of three, the images of one prompt fall to both
+        folder, own = opened(), share(12, 3, rank, 2)
+        assert folder.pending(own) == own
+        folder.write(own, pictures[own])
+        assert opened().pending(own) == []
+    first = opened()
+    assert torch.equal(first.first(12), pictures)
+    first.finish()
+    assert torch.equal(opened().first(12), pictures)
+    assert opened().pending(range(12)) == []
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -303,7 +330,7 @@ class TestBadInput:
         card = ModelCard(height=8, width=8)
         model = DeCo(DeCoConfig(16, 1, 2, patch_size=4, num_classes=3), card)
         path = save_checkpoint(tmp_path / "classes", model=None, ema=model, card=card)
-        for option in ("--prompt", "--negative-prompt"):
+        for option in ("--prompt", "--negative-prompt", "--text-encoder"):
             assert main(["--checkpoint", str(path), "--device", "cpu", option, "a cat"]) == 2
             assert f"{option}: this checkpoint draws classes" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from image_sets import encoded, write, write_tar
 from PIL import Image
-from processes import assert_identical, saved
+from processes import assert_identical, in_processes, saved, weights
 from safetensors.torch import load_file
 
 from deco_fast import DeCoT2I, load_checkpoint
@@ -155,6 +155,23 @@ def test_a_folder_of_images_and_texts_with_loader_processes(config: Path, tmp_pa
     assert run(config, tmp_path / "here", *options) == 0
     assert run(config, tmp_path / "there", *options, "--data.workers=1") == 0
     assert_identical(saved(tmp_path / "here", 2), saved(tmp_path / "there", 2))
+
+
+def train_in_two(arguments: list[str]) -> None:
+    assert train(arguments) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distribution", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_does(config: Path, tmp_path: Path, distribution: str) -> None:
+    options = ["--training.steps=4", "--text.prefix_probability=0.5"]
+    assert run(config, tmp_path / "one", *options, "--training.gradient_accumulation=2") == 0
+    arguments = [f"--config={config}", "--device=cpu", f"--out={tmp_path / 'two'}", *options]
+    in_processes(2, train_in_two, [*arguments, f"--training.distribution={distribution}"])
+    one, two = weights(tmp_path / "one", 4), weights(tmp_path / "two", 4)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.allclose(two[name], tensor, atol=1e-5), name
 
 
 def test_draws_are_functions_of_seed_step_and_place(config: Path) -> None:

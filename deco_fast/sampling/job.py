@@ -86,15 +86,17 @@ def make_job(config: NetworkConfig, options: Mapping[str, Any]) -> Job:
 
     Args:
         config: the model's.
-        options: num, classes, prompt, prompts_file, geneval, dpg, npz; None where not given.
+        options: num, classes, prompt, prompts_file, geneval, dpg, negative_prompt, text_encoder,
+            npz; None or empty where not given.
 
     Raises:
         UserError: a file cannot be read, or an option is not for this kind of model.
     """
     text_options = [n for n in ("prompt", "prompts_file", "geneval", "dpg") if options[n]]
     if isinstance(config, DeCoConfig):
-        if text_options or options["negative_prompt"]:
-            given = (text_options or ["negative_prompt"])[0].replace("_", "-")
+        others = [n for n in ("negative_prompt", "text_encoder") if options[n]]
+        if given_options := text_options + others:
+            given = given_options[0].replace("_", "-")
             raise UserError(
                 f"--{given}: this checkpoint draws classes; name a text model by --checkpoint"
             )
