@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_qwen3
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen3Model
 
@@ -68,6 +69,7 @@ def test_the_empty_prompt_is_padding_alone(encoder: Qwen3TextEncoder) -> None:
 
 def test_prompts_are_encoded_once_and_never_mixed_up() -> None:
     encoder = Qwen3TextEncoder(str(tiny_qwen3.folder()), length=LENGTH, size=SIZE)
+    encoder._cache.clear()
     batches: list[int] = []
     encoder._model.register_forward_pre_hook(
         lambda _, __, kwargs: batches.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -152,6 +154,14 @@ class TestRefused:
         weights = folder / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:5000])
         assert f"no text encoder at {folder}" in self.refusal(folder)
+
+    def test_weights_that_are_not_finite(self, tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(tiny_qwen3.folder(), tmp_path / "qwen3"))
+        tensors = load_file(folder / "model.safetensors")
+        tensors["norm.weight"][0] = torch.nan
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match="are not finite: download it again"):
+            Qwen3TextEncoder(str(folder))
 
     def test_missing_transformers(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "transformers", None)

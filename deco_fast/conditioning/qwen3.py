@@ -56,7 +56,7 @@ class Qwen3TextEncoder:
 
     Raises:
         UserError: transformers is not installed; there is no such folder or repository; or it
-            holds another model, no safetensors or no tokenizer.
+            holds another model, no safetensors, no tokenizer or damaged weights.
     """
 
     def __init__(
@@ -79,15 +79,16 @@ class Qwen3TextEncoder:
         if hidden_size != size:
             what = "cut" if hidden_size > size else "padded with zeros"
             self.note = f"{path} has {hidden_size} channels, {what} to the network's {size}"
+        # Now, and not at every call, for which a GPU would have to be waited for. Of the empty
+        # prompt nothing is attended to, which not every attention kernel takes.
+        if not self([""]).isfinite().all():
+            raise UserError(f"the features of {path} are not finite: download it again")
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Encode prompts.
 
         Returns:
             (N, length, size), on the device.
-
-        Raises:
-            UserError: features are not finite.
         """
         missing = [p for p in dict.fromkeys(prompts) if p not in self._cache]
         found = {p: self._cache[p] for p in prompts if p in self._cache}
@@ -126,8 +127,6 @@ class Qwen3TextEncoder:
             )[0]
             features = features[..., : self.size]
             features = F.pad(features, (0, self.size - features.shape[-1]))
-        if not features.isfinite().all():
-            raise UserError(f"the features of {self.path} are not finite: download it again")
         # Each its own memory, so that a cached one does not keep the others.
         return [feature.clone() for feature in features]
 

@@ -56,13 +56,15 @@ def _rule(source: str, target: str) -> _Rule:
     return re.compile(pattern + r"\.(weight|bias)"), rf"{replacement}.\g<{leaf_group}>"
 
 
-_LONE = (re.compile("text_position"), re.compile("y_pos_embedding"))
-"""The one parameter that is no weight or bias of a layer."""
-
-_TO_PUBLISHED = [_rule(ours, theirs) for ours, theirs in _LAYERS]
-_TO_PUBLISHED.append((_LONE[0], _LONE[1].pattern))
-_FROM_PUBLISHED = [_rule(theirs, ours) for ours, theirs in _LAYERS]
-_FROM_PUBLISHED.append((_LONE[1], _LONE[0].pattern))
+# The last is the one parameter that is no weight or bias of a layer.
+_TO_PUBLISHED = [
+    *(_rule(ours, theirs) for ours, theirs in _LAYERS),
+    (re.compile("text_position"), "y_pos_embedding"),
+]
+_FROM_PUBLISHED = [
+    *(_rule(theirs, ours) for ours, theirs in _LAYERS),
+    (re.compile("y_pos_embedding"), "text_position"),
+]
 
 
 def _translate(name: str, rules: Iterable[_Rule]) -> str | None:
