@@ -15,6 +15,7 @@ from benchmarks.variants import (
     FLOAT32,
     Precision,
     Variant,
+    lean_variants,
     limited_variants,
     variants,
 )
@@ -43,6 +44,7 @@ def test_decoder(
     rows = {
         **variants(machine, ("pixel_decoder",), precisions, compile_fused=False),
         **limited_variants(machine, "pixel_decoder", precisions, lesser),
+        **(lean_variants(machine, "pixel_decoder", precisions) if backward else {}),
     }
 
     def build(variant: Variant) -> Subject:

@@ -46,6 +46,7 @@ class Variant:
         precision: of weights and inputs.
         part: what stands in for the task as the reference does it, where that is more than ops.
         instruction_set: the highest that our C++ kernels may use; torch's libraries are free.
+        lean: whether the decoder keeps no block's input for the backward pass (Triton).
     """
 
     backend: str
@@ -53,13 +54,15 @@ class Variant:
     precision: Precision
     part: str | None = None
     instruction_set: str | None = None
+    lean: bool = False
 
     @property
     def name(self) -> str:
         """For people: backend or part, way of running, precision."""
         way = "torch.compile" if self.compiled else "eager"
         limit = f" limited to {self.instruction_set}" if self.instruction_set else ""
-        return f"{self.part or self.backend}{limit}, {way}, {self.precision.label}"
+        lean = " lean" if self.lean else ""
+        return f"{self.part or self.backend}{lean}{limit}, {way}, {self.precision.label}"
 
     @property
     def is_baseline(self) -> bool:
@@ -78,7 +81,7 @@ class Variant:
     @contextmanager
     def environment(self) -> Iterator[None]:
         """The backend and the instruction set, for the time of a call."""
-        with ops.use_backend(self.backend):
+        with ops.use_backend(self.backend), ops.keep_block_inputs(not self.lean):
             if self.instruction_set is None:
                 yield
                 return
@@ -121,6 +124,15 @@ def variants(
             if backend == REFERENCE or compile_fused:
                 rows[Variant(backend, True, precision)] = missing or machine.no_compiler
     return rows
+
+
+def lean_variants(
+    machine: Machine, op: str, precisions: Sequence[Precision]
+) -> dict[Variant, str | None]:
+    """The Triton backend as it keeps the least for the backward pass."""
+    if machine.device.type != "cuda" or ops.backends()[op]["triton"] is not None:
+        return {}
+    return {Variant("triton", False, precision, lean=True): None for precision in precisions}
 
 
 def limited_variants(
