@@ -15,6 +15,7 @@ from PIL import Image
 
 from deco_fast import DeCo, DeCoConfig, DeCoT2I, DeCoT2IConfig, load_checkpoint, sample
 from deco_fast.checkpoint import save_checkpoint
+from deco_fast.cli.evaluate import main as evaluate
 from deco_fast.cli.sample import main
 from deco_fast.conditioning.qwen3 import Qwen3TextEncoder
 from deco_fast.models.card import ModelCard, SamplingSettings
@@ -342,3 +343,12 @@ def test_the_published_model_draws_by_its_own_settings() -> None:
     assert (card.height, card.width) == (512, 512)
     assert card.sampling == replace(SETTINGS, steps=25, guidance_scale=4.0)
     assert card.text_encoder == "hf:Qwen/Qwen3-1.7B"
+
+
+def test_evaluating_digits_needs_a_class_model(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["digits", "--checkpoint", str(checkpoint), "--device", "cpu"]
+    assert evaluate([*arguments, "--num", "4"]) == 2
+    message = f"{checkpoint} draws from text: name a checkpoint that draws classes"
+    assert message in capsys.readouterr().err

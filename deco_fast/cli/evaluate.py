@@ -22,8 +22,7 @@ from deco_fast.checkpoint.format import WEIGHTS
 from deco_fast.cli.parser import CommandParser, checked, number, one_of, whole_number
 from deco_fast.errors import UserError, run_command
 from deco_fast.evaluation.digits import DigitsEvaluator
-from deco_fast.models.config import DeCoConfig
-from deco_fast.models.deco import DeCo
+from deco_fast.models.config import class_config
 from deco_fast.models.network import DeCoNetwork
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import save_grid
@@ -100,7 +99,6 @@ def _from_checkpoint(options: argparse.Namespace) -> _Images:
     model = load_checkpoint(checkpoint, drawing["weights"], device)
     assert model.card is not None
     num_classes = _check_draws_digits(model, checkpoint)
-    assert isinstance(model, DeCo)
     settings = resolve_settings(
         model.card.sampling, None, {name: getattr(options, name) for name in _SETTINGS}
     )
@@ -126,12 +124,8 @@ def _from_checkpoint(options: argparse.Namespace) -> _Images:
 
 def _check_draws_digits(model: DeCoNetwork, checkpoint: Path) -> int:
     """The number of the model's classes, which must be ten."""
-    config, card = model.config, model.card
+    config, card = class_config(model.config, checkpoint), model.card
     assert card is not None
-    if not isinstance(config, DeCoConfig):
-        raise UserError(
-            f"{checkpoint} draws from text: name a checkpoint that was trained on the digits"
-        )
     if config.num_classes != 10 or config.in_channels != 3 or card.height != card.width:
         raise UserError(
             f"{checkpoint} draws {card.height}×{card.width} images of {config.num_classes} "

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from deco_fast.errors import UserError
+
 Config = TypeVar("Config", bound="NetworkConfig")
 
 
@@ -117,3 +119,18 @@ def config_from_json(fields: dict[str, Any]) -> NetworkConfig:
     return (
         DeCoT2IConfig.from_json(fields) if "text_length" in fields else DeCoConfig.from_json(fields)
     )
+
+
+def class_config(config: NetworkConfig, checkpoint: object) -> DeCoConfig:
+    """The configuration of a class model.
+
+    Args:
+        config: of any model.
+        checkpoint: where it comes from, for the message.
+
+    Raises:
+        UserError: it is that of a text model.
+    """
+    if not isinstance(config, DeCoConfig):
+        raise UserError(f"{checkpoint} draws from text: name a checkpoint that draws classes")
+    return config
