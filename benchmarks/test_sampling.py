@@ -32,10 +32,15 @@ from benchmarks.variants import (
     fastest_backend,
 )
 from benchmarks.work import FLOAT32_BYTES, Images, parameter_count, sampling_work
+from deco_fast.conditioning.qwen3 import EncodeText
 from deco_fast.guidance import guide
+from deco_fast.models.build import build_network
 from deco_fast.models.card import SamplingSettings
-from deco_fast.models.deco import DeCo
+from deco_fast.models.config import DeCoConfig, DeCoT2IConfig, NetworkConfig
+from deco_fast.models.deco_t2i import DeCoT2I
+from deco_fast.models.network import DeCoNetwork
 from deco_fast.models.presets import PRESETS
+from deco_fast.sampling.condition_table import Condition
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.schedule import schedule
 from deco_fast.solvers import time_grid
@@ -49,6 +54,8 @@ PAPER_ROUNDS = 3
 # nothing from being one graph, which takes a minute to compile, and not one for each block.
 BY_BLOCK_PIXELS = 16 * 256**2
 
+PROMPT = "a prompt"
+
 ENGINE = "engine"
 HIGH = "engine, matmul precision high"
 
@@ -61,8 +68,12 @@ HIGH = "engine, matmul precision high"
         pytest.param("deco-xl", True, marks=pytest.mark.paper),
         pytest.param("deco-xl", False, marks=pytest.mark.paper),
         pytest.param("deco-xl-512", False, marks=pytest.mark.paper),
+        pytest.param("deco-t2i", True, marks=pytest.mark.paper),
     ],
-    ids=["deco-digits", "deco-xl-guided-throughout", "deco-xl-recommended", "deco-xl-512"],
+    ids=[
+        *("deco-digits", "deco-xl-guided-throughout", "deco-xl-recommended", "deco-xl-512"),
+        "deco-t2i",
+    ],
 )
 def test_sampling(
     compare: Compare,
@@ -80,15 +91,17 @@ def test_sampling(
     settings.require_memory(4 * FLOAT32_BYTES * parameter_count(config))
     device = settings.device
     noise = normal(batch, 3, card.height, card.width).to(device)
-    labels = [i % config.num_classes for i in range(batch)]
-    recipe = replace(card.sampling, steps=steps)
+    conditions, condition, uncondition = _conditions(config, batch, device)
+    encode_text = None if isinstance(config, DeCoConfig) else _encode_text(condition, uncondition)
+    # Of the text model's own solver every step costs the same as Euler's.
+    recipe = replace(card.sampling, steps=steps, solver="euler")
     if everywhere:
         recipe = replace(recipe, guidance_interval=(0.0, 1.0))
     guided_steps = sum(evaluation.guided for evaluation in schedule(recipe))
 
     @cache
-    def model_in(dtype: torch.dtype) -> DeCo:
-        model = DeCo(config, card)
+    def model_in(dtype: torch.dtype) -> DeCoNetwork:
+        model = build_network(config, card)
         randomize(model)
         return model.to(device, dtype).requires_grad_(False)
 
@@ -100,17 +113,24 @@ def test_sampling(
 
             def loop() -> dict[str, Tensor]:
                 with variant.autocast(device):
-                    drawn = published_loop(compiled, noise, labels, recipe, config.num_classes)
+                    drawn = published_loop(compiled, noise, condition, uncondition, recipe)
                 return {"images": drawn}
 
             return Subject(loop)
         with _matmul_precision(variant):
-            engine = SamplingEngine(model, recipe, batch_size=batch, compile=variant.compiled)
+            engine = SamplingEngine(
+                model,
+                recipe,
+                batch_size=batch,
+                compile=variant.compiled,
+                encode_text=encode_text,
+                distinct_conditions=len(set(conditions)),
+            )
             engine.warm_up()
 
         def run() -> dict[str, Tensor]:
             with _matmul_precision(variant):
-                return {"images": engine(noise, labels)}
+                return {"images": engine(noise, conditions)}
 
         return Subject(run)
 
@@ -134,13 +154,12 @@ def test_sampling(
 def published_loop(
     model: Callable[[Tensor, Tensor, Tensor], Tensor],
     noise: Tensor,
-    labels: list[int],
+    condition: Tensor,
+    uncondition: Tensor,
     settings: SamplingSettings,
-    null_class: int,
 ) -> Tensor:
     """Euler's method with both halves at every step, as it was published (B.13)."""
-    classes = torch.tensor(labels, device=noise.device)
-    both = torch.cat([torch.full_like(classes, null_class), classes])
+    both = torch.cat([uncondition.expand_as(condition), condition])
     x = noise
     times = time_grid(settings.steps, settings.time_shift)
     with torch.no_grad():
@@ -151,14 +170,35 @@ def published_loop(
     return x
 
 
-def compiled_by_block(model: DeCo) -> DeCo:
+def compiled_by_block(model: DeCoNetwork) -> DeCoNetwork:
     """The same weights in a model whose DiT blocks and decoder are compiled."""
     with torch.device("meta"):
-        twin = DeCo(model.config, model.card)
+        twin = build_network(model.config, model.card)
     twin.load_state_dict(model.state_dict(), assign=True)
-    for part in (*twin.blocks, twin.decoder):
+    refining = twin.text_blocks if isinstance(twin, DeCoT2I) else ()
+    for part in (*refining, *twin.blocks, twin.decoder):
         part.compile(fullgraph=True, dynamic=False)
     return twin.requires_grad_(False)
+
+
+def _conditions(
+    config: NetworkConfig, batch: int, device: torch.device
+) -> tuple[list[Condition], Tensor, Tensor]:
+    """The classes in turn, or one prompt for all: for the engine, then as the model takes them, and
+    what the unconditional half takes."""
+    if isinstance(config, DeCoConfig):
+        labels = torch.arange(batch, device=device) % config.num_classes
+        null = torch.tensor([config.num_classes], device=device)
+        return labels.tolist(), labels, null
+    assert isinstance(config, DeCoT2IConfig)
+    texts = normal(2, config.text_length, config.text_size).to(device)
+    return [PROMPT] * batch, texts[:1].expand(batch, -1, -1), texts[1:]
+
+
+def _encode_text(condition: Tensor, uncondition: Tensor) -> EncodeText:
+    """The text encoder is no part of the comparison: both loops call it once."""
+    texts = {PROMPT: condition[0], "": uncondition[0]}
+    return lambda prompts: torch.stack([texts[prompt] for prompt in prompts])
 
 
 def _rows(

@@ -18,9 +18,9 @@ from functools import cache
 import torch
 
 from deco_fast.kernels.flow_matching_loss.reference import BLOCK
-from deco_fast.kernels.pixel_decoder.reference import NUM_FREQUENCIES
-from deco_fast.models.config import DeCoConfig
-from deco_fast.models.deco import DeCo
+from deco_fast.kernels.pixel_decoder.reference import POSITION_FEATURES
+from deco_fast.models.build import build_network
+from deco_fast.models.config import DeCoT2IConfig, NetworkConfig
 from deco_fast.models.decoder import PixelDecoder
 from deco_fast.models.embeddings import FREQUENCY_CHANNELS
 
@@ -62,15 +62,15 @@ class Images:
 
 
 @cache
-def parameter_count(config: DeCoConfig, decoder_only: bool = False) -> int:
+def parameter_count(config: NetworkConfig, decoder_only: bool = False) -> int:
     """Parameters of DeCo, or of its pixel decoder."""
     with torch.device("meta"):
-        module = PixelDecoder(config) if decoder_only else DeCo(config)
+        module = PixelDecoder(config) if decoder_only else build_network(config)
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def decoder_flops(
-    config: DeCoConfig, images: Images, backward: bool, folded_input: bool = True
+    config: NetworkConfig, images: Images, backward: bool, folded_input: bool = True
 ) -> int:
     """The pixel decoder, upsampling included.
 
@@ -86,7 +86,7 @@ def decoder_flops(
     Backward: twice that, less the gradient of the decoder's input features.
     """
     channels, width = images.values // images.pixels, config.decoder_hidden_size
-    features = channels if folded_input else channels + NUM_FREQUENCIES**2
+    features = channels if folded_input else channels + POSITION_FEATURES
     first = 2 * features * width
     rest = (
         (0 if folded_input else 2 * width**2)
@@ -98,7 +98,7 @@ def decoder_flops(
 
 
 def decoder_work(
-    config: DeCoConfig, images: Images, backward: bool, element_bytes: int = FLOAT32_BYTES
+    config: NetworkConfig, images: Images, backward: bool, element_bytes: int = FLOAT32_BYTES
 ) -> Work:
     """The pixel decoder: image, tokens and weights in, velocity out.
 
@@ -138,7 +138,7 @@ def loss_work(images: Images, backward: bool, prediction_bytes: int = FLOAT32_BY
 
 
 def model_flops(
-    config: DeCoConfig, images: Images, backward: bool, folded_input: bool = True
+    config: NetworkConfig, images: Images, backward: bool, folded_input: bool = True
 ) -> int:
     """DeCo: patch embedding, time embedding, DiT blocks, pixel decoder.
 
@@ -146,19 +146,22 @@ def model_flops(
 
         patches     2·L·(3p²)·D
         time        2·256·D + 2·D²
-        block       2·D·6D (modulation) + 2·L·D·3D (q, k, v) + 4·L²·D (attention)
-                    + 2·L·D² (projection) + 3·2·L·D·I (SwiGLU)
+        block       2·D·6D (modulation) + 2·L·D·3D (q, k, v) + 4·L·(L + T)·D (attention, to T
+                    tokens of text too) + 2·L·D² (projection) + 3·2·L·D·I (SwiGLU)
         decoder     see decoder_flops
+
+    Without what a text costs, see text_flops.
 
     Backward: twice that, less the gradients of the image and of the time's sinusoids.
     """
     length, width = images.tokens(config.patch_size), config.hidden_size
+    text_tokens = config.text_length if isinstance(config, DeCoT2IConfig) else 0
     patches = 2 * length * config.in_channels * config.patch_size**2 * width
     sinusoids = 2 * FREQUENCY_CHANNELS * width
     block = (
         2 * width * 6 * width
         + 2 * length * width * 3 * width
-        + 4 * length**2 * width
+        + 4 * length * (length + text_tokens) * width
         + 2 * length * width**2
         + 3 * 2 * length * width * config.mlp_hidden_size
     )
@@ -167,7 +170,33 @@ def model_flops(
     return images.batch * dit + decoder_flops(config, images, backward, folded_input)
 
 
-def model_work(config: DeCoConfig, images: Images, element_bytes: int = FLOAT32_BYTES) -> Work:
+def text_flops(config: NetworkConfig) -> int:
+    """A prompt at one time: its refinement, its keys and values in every block; 0 without text.
+
+    Of T tokens of width D, S channels of the text encoder and an MLP of inner width I:
+
+        embedding   2·T·S·D
+        refinement  2·D·6D + 2·T·D·3D + 4·T²·D + 2·T·D² + 3·2·T·D·I, in each of its blocks
+        DiT         2·T·D·2D (keys, values) in each block
+    """
+    if not isinstance(config, DeCoT2IConfig):
+        return 0
+    tokens, width = config.text_length, config.hidden_size
+    refinement = (
+        2 * width * 6 * width
+        + 2 * tokens * width * 3 * width
+        + 4 * tokens**2 * width
+        + 2 * tokens * width**2
+        + 3 * 2 * tokens * width * config.mlp_hidden_size
+    )
+    return (
+        2 * tokens * config.text_size * width
+        + config.text_depth * refinement
+        + config.depth * 2 * tokens * width * 2 * width
+    )
+
+
+def model_work(config: NetworkConfig, images: Images, element_bytes: int = FLOAT32_BYTES) -> Work:
     """A forward of DeCo: image and weights in, velocity out."""
     elements = parameter_count(config) + 2 * images.values
     return Work(model_flops(config, images, backward=False), elements * element_bytes)
@@ -187,7 +216,7 @@ def encoder_flops(images: Images) -> int:
     return images.batch * (2 * patches * 3 * patch**2 * width + depth * block)
 
 
-def training_work(config: DeCoConfig, images: Images, encoder: int = 0) -> Work:
+def training_work(config: NetworkConfig, images: Images, encoder: int = 0) -> Work:
     """A training iteration: forward, loss, backward, AdamW; float32 weights.
 
     A weight moves ten times: read in forward and backward, its gradient written and read, it and
@@ -202,7 +231,7 @@ def training_work(config: DeCoConfig, images: Images, encoder: int = 0) -> Work:
 
 
 def sampling_work(
-    config: DeCoConfig,
+    config: NetworkConfig,
     images: Images,
     steps: int,
     guided_steps: int,
@@ -210,11 +239,12 @@ def sampling_work(
 ) -> Work:
     """Drawing images with one evaluation a step, two where guidance is on.
 
-    The weights are read once a step: those of a large model outlive no cache.
+    Of a text model all images have one prompt, and the unconditional half another. The weights are
+    read once a step: those of a large model outlive no cache.
     """
     evaluations = steps + guided_steps
     weights = steps * parameter_count(config) * element_bytes
     return Work(
-        evaluations * model_flops(config, images, backward=False),
+        evaluations * (model_flops(config, images, backward=False) + text_flops(config)),
         weights + 2 * images.values * FLOAT32_BYTES,
     )

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from deco_fast import ops
     from deco_fast.checkpoint import load_checkpoint
     from deco_fast.losses import flow_matching_loss, frequency_table
-    from deco_fast.models.config import DeCoConfig
+    from deco_fast.models.config import DeCoConfig, DeCoT2IConfig
     from deco_fast.models.deco import DeCo
+    from deco_fast.models.deco_t2i import DeCoT2I
     from deco_fast.sampling.engine import SamplingEngine
     from deco_fast.sampling.loop import sample
 
@@ -27,6 +28,8 @@ __version__ = "0.1.0"
 __all__ = [
     "DeCo",
     "DeCoConfig",
+    "DeCoT2I",
+    "DeCoT2IConfig",
     "SamplingEngine",
     "__version__",
     "flow_matching_loss",
@@ -39,6 +42,8 @@ __all__ = [
 _HOME = {
     "DeCo": "deco_fast.models.deco",
     "DeCoConfig": "deco_fast.models.config",
+    "DeCoT2I": "deco_fast.models.deco_t2i",
+    "DeCoT2IConfig": "deco_fast.models.config",
     "SamplingEngine": "deco_fast.sampling.engine",
     "flow_matching_loss": "deco_fast.losses",
     "frequency_table": "deco_fast.losses",

@@ -8,17 +8,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
+from deco_fast.data.transforms import Crop
 from deco_fast.errors import UserError, nearest
 from deco_fast.flow import TimestepDistribution, TimestepWeight
 from deco_fast.guidance import check_interval
 from deco_fast.losses import FrequencyMode
 from deco_fast.models.card import ModelCard, SamplingSettings
-from deco_fast.models.config import DeCoConfig
+from deco_fast.models.config import DeCoConfig, DeCoT2IConfig
 from deco_fast.models.presets import preset
 from deco_fast.resources import config_folder
 from deco_fast.solvers import check_solver, time_grid
@@ -34,21 +44,27 @@ class _Section(BaseModel):
 
 
 class DataConfig(_Section):
-    """Images and labels."""
+    """Images, and labels or captions."""
 
     dataset: Literal["digits", "photographs", "folder", "shards"] = Field(
         "folder",
-        description="digits, photographs: scikit-learn's, no download; folder: class folders; "
-        "shards: tar files",
+        description="digits, photographs: scikit-learn's, no download; folder: class folders, or "
+        "for a text model images with IMAGE.txt beside them; shards: tar files",
     )
     root: str | list[str] | None = Field(
         None,
-        description="folder of class folders; for shards a folder of .tar files, a pattern such as "
+        description="the folder; for shards a folder of .tar files, a pattern such as "
         "train-{000000..000146}.tar, or a list of these",
     )
     height: Count = Field(256, description="pixels")
     width: Count = Field(256, description="pixels")
     random_flip: bool = Field(False, description="mirror half of the images; off in the paper")
+    crop: Crop = Field(
+        "adm", description="to size: adm, or bilinear as in the text model's fine-tuning"
+    )
+    skip_small: bool = Field(
+        False, description="of a text model, pass over images that would have to be enlarged"
+    )
     max_damaged_share: Probability = Field(
         0.01, description="of the images; with more damaged ones the run stops"
     )
@@ -68,7 +84,7 @@ class FlowConfig(_Section):
         "constant", description="weight of the flow-matching term over time"
     )
     null_probability: Probability = Field(
-        0.1, description="labels replaced by the null class, for guidance"
+        0.1, description="labels or captions dropped in training, for guidance"
     )
 
 
@@ -94,6 +110,26 @@ class AlignmentConfig(_Section):
     )
     cache: str | None = Field(None, description="folder that keeps features of images met before")
     cache_gib: Positive = Field(64, description="the most that it may take, in GiB")
+
+
+class TextConfig(_Section):
+    """Captions and prompts of a text model."""
+
+    encoder: str = Field(
+        "hf:Qwen/Qwen3-1.7B", description="a folder with Qwen3, or hf:owner/repository"
+    )
+    prefix_probability: Probability = Field(
+        0.0, description='of "A photo of" and the like before captions under 30 words'
+    )
+    sample_prompts: Annotated[list[str], Field(min_length=1)] = Field(
+        [
+            "a red panda reading a newspaper",
+            "a bowl of fruit on a wooden table",
+            "a lighthouse on a cliff at night",
+            "a portrait of an old sailor",
+        ],
+        description="of the grids of samples",
+    )
 
 
 class TrainingConfig(_Section):
@@ -141,15 +177,26 @@ class OutputConfig(_Section):
     )
 
 
+def _kind_of_model(value: Any) -> str:
+    """Text models have fields that begin with text_."""
+    if isinstance(value, dict):
+        return "text" if any(str(key).startswith("text_") for key in value) else "class"
+    return "text" if isinstance(value, DeCoT2IConfig) else "class"
+
+
 class RunConfig(_Section):
     """One experiment, complete."""
 
     name: str = Field(description="of the run and its folder")
-    model: DeCoConfig = Field(description="the network; `preset: NAME` fills in a named one")
+    model: Annotated[
+        Annotated[DeCoConfig, Tag("class")] | Annotated[DeCoT2IConfig, Tag("text")],
+        Discriminator(_kind_of_model),
+    ] = Field(description="the network; `preset: NAME` fills in a named one")
     data: DataConfig = Field(default_factory=DataConfig)
     flow: FlowConfig = Field(default_factory=FlowConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     alignment: AlignmentConfig = Field(default_factory=AlignmentConfig)
+    text: TextConfig = Field(default_factory=TextConfig)
     training: TrainingConfig
     sampling: SamplingSettings = Field(
         default_factory=SamplingSettings, description="how to draw from the trained model"
@@ -174,7 +221,18 @@ class RunConfig(_Section):
                     f"model.patch_size {self.model.patch_size}"
                 )
         built_in = {"digits": 10, "photographs": 2}.get(self.data.dataset)
-        if built_in is not None and self.model.num_classes != built_in:
+        is_text = isinstance(self.model, DeCoT2IConfig)
+        if is_text and built_in is not None:
+            raise ValueError(
+                f"data.dataset {self.data.dataset} has no captions: use folder or shards"
+            )
+        if not is_text and (self.data.skip_small or self.data.crop != "adm"):
+            raise ValueError("data.skip_small and data.crop are for text models: leave them out")
+        if (
+            built_in is not None
+            and isinstance(self.model, DeCoConfig)
+            and self.model.num_classes != built_in
+        ):
             raise ValueError(
                 f"data.dataset {self.data.dataset} has {built_in} classes: "
                 f"set model.num_classes to {built_in}"
@@ -210,6 +268,7 @@ class RunConfig(_Section):
             height=self.data.height,
             width=self.data.width,
             sampling=self.sampling,
+            text_encoder=self.text.encoder if isinstance(self.model, DeCoT2IConfig) else None,
             step=step,
         )
 
@@ -247,12 +306,22 @@ def option_help() -> Iterator[tuple[str, str, str]]:
             for key, field in kind.model_fields.items():
                 default = "required" if field.is_required() else str(field.get_default())
                 yield f"{section}.{key}", default, field.description or ""
-        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            for part in dataclasses.fields(kind):
+        elif dataclasses_of := _dataclasses(kind):
+            parts = {
+                part.name: part for each in dataclasses_of for part in dataclasses.fields(each)
+            }
+            for part in parts.values():
                 default = "from the preset" if section == "model" else str(part.default)
                 yield f"{section}.{part.name}", default, part.metadata["help"]
         else:
             yield section, "required", info.description or ""
+
+
+def _dataclasses(kind: Any) -> list[Any]:
+    """A dataclass, or those of a union, without what is annotated."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    bare = [get_args(each)[0] if get_origin(each) is Annotated else each for each in kinds]
+    return [each for each in bare if dataclasses.is_dataclass(each)]
 
 
 def _read(name_or_file: str) -> dict[str, Any]:
@@ -296,6 +365,8 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
 def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     place = [str(part) for part in first["loc"] if not str(part).startswith("function")]
+    if place[:1] == ["model"]:
+        place = [part for part in place if part not in ("class", "text")]  # the union's tags
     key = ".".join(place)
     value = first.get("input")
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):

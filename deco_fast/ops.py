@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from deco_fast.kernels.memory import keep_block_inputs
-from deco_fast.kernels.pixel_decoder.reference import PixelDecoderParameters
+from deco_fast.kernels.pixel_decoder.reference import PixelDecoderParameters, PositionKind
 from deco_fast.kernels.registry import (
     backend_for,
     backends,
@@ -54,7 +54,11 @@ def linear_upsample(
 
 
 def pixel_decoder(
-    x: torch.Tensor, tokens: torch.Tensor, parameters: PixelDecoderParameters, patch_size: int
+    x: torch.Tensor,
+    tokens: torch.Tensor,
+    parameters: PixelDecoderParameters,
+    patch_size: int,
+    position: PositionKind = "product",
 ) -> torch.Tensor:
     """The whole pixel decoder, upsampling included (spec B.5).
 
@@ -63,11 +67,15 @@ def pixel_decoder(
         tokens: (B, L, D) with L = H*W/p², row-major, the condition silu(t + s).
         parameters: the decoder's weights.
         patch_size: p.
+        position: the features of a pixel's place inside its patch: "product", the class model's,
+            or "axial", the text model's.
 
     Returns:
         The velocity, (B, 3, H, W).
     """
-    result: torch.Tensor = implementation("pixel_decoder", x)(x, tokens, parameters, patch_size)
+    result: torch.Tensor = implementation("pixel_decoder", x)(
+        x, tokens, parameters, patch_size, position
+    )
     return result
 
 

@@ -228,21 +228,23 @@ def _nobody_looks(prediction: Tensor, target: Tensor) -> bool:
 # `small` lists all parameters but the two of the upsampling: pixel_embedder_weight,
 # pixel_embedder_bias, input_proj_weight, input_proj_bias, the eight of each block in the order of
 # BlockParameters, output_weight, output_bias. `y` is what the backward pass keeps beside the
-# inputs: the upsampled tokens, flat, in whatever order the implementation wrote them. With
+# inputs: the upsampled tokens, flat, in whatever order the implementation wrote them. `position` is
+# the kind of position features (`reference.pixel_position_features`). With
 # `keep_inputs` a GPU also keeps `block_inputs`, the residuals between blocks, in the dtype of y.
 
 _define(
     "pixel_decoder",
     "(Tensor x, Tensor tokens, Tensor upsample_weight, Tensor upsample_bias, Tensor[] small, "
-    "int patch_size, bool keep_inputs) -> (Tensor velocity, Tensor y, Tensor block_inputs)",
+    "int patch_size, str position, bool keep_inputs) -> "
+    "(Tensor velocity, Tensor y, Tensor block_inputs)",
     "forward",
 )
 _define(
     "pixel_decoder_backward",
     "(Tensor grad_velocity, Tensor x, Tensor tokens, Tensor y, Tensor block_inputs, "
     "Tensor upsample_weight, Tensor upsample_bias, Tensor[] small, int patch_size, "
-    "bool need_x_grad) -> (Tensor grad_x, Tensor grad_tokens, Tensor grad_upsample_weight, "
-    "Tensor grad_upsample_bias, Tensor[] grad_small)",
+    "str position, bool need_x_grad) -> (Tensor grad_x, Tensor grad_tokens, "
+    "Tensor grad_upsample_weight, Tensor grad_upsample_bias, Tensor[] grad_small)",
     "backward",
 )
 
@@ -274,6 +276,7 @@ def _(
     upsample_bias: Tensor,
     small: Sequence[Tensor],
     patch_size: int,
+    position: str,
     keep_inputs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, _ = tokens.shape
@@ -293,6 +296,7 @@ def _(
     upsample_bias: Tensor,
     small: Sequence[Tensor],
     patch_size: int,
+    position: str,
     need_x_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     def like(tensor: Tensor) -> Tensor:
@@ -304,12 +308,12 @@ def _(
 
 
 def _decoder_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, tokens, upsample_weight, upsample_bias, small, patch_size, _ = inputs
+    x, tokens, upsample_weight, upsample_bias, small, patch_size, position, _ = inputs
     _, y, block_inputs = output
     ctx.mark_non_differentiable(y, block_inputs)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, tokens, y, block_inputs, upsample_weight, upsample_bias, *small)
-    ctx.patch_size = patch_size
+    ctx.patch_size, ctx.position = patch_size, position
 
 
 def _decoder_backward(ctx: Any, grad_velocity: Tensor, *_: None) -> tuple[Any, ...]:
@@ -317,9 +321,9 @@ def _decoder_backward(ctx: Any, grad_velocity: Tensor, *_: None) -> tuple[Any, .
     need_x_grad = ctx.needs_input_grad[0]
     grad_x, *grads, grad_small = fused_ops.pixel_decoder_backward(
         *(grad_velocity, x, tokens, y, block_inputs, upsample_weight, upsample_bias, small),
-        *(ctx.patch_size, need_x_grad),
+        *(ctx.patch_size, ctx.position, need_x_grad),
     )
-    return grad_x if need_x_grad else None, *grads, grad_small, None, None
+    return grad_x if need_x_grad else None, *grads, grad_small, None, None, None
 
 
 torch.library.register_autograd(

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deco_fast.interop.published import from_published, to_published
-from deco_fast.models.config import DeCoConfig
-from deco_fast.models.deco import DeCo
+from deco_fast.models.build import build_network
+from deco_fast.models.config import DeCoConfig, DeCoT2IConfig, NetworkConfig
+from deco_fast.models.network import DeCoNetwork
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
@@ -58,8 +59,21 @@ def document(name: str) -> Any:
     return _document(golden_path(f"{name}.json"))
 
 
-def deco_config(published: dict[str, int]) -> DeCoConfig:
+def deco_config(published: dict[str, int]) -> NetworkConfig:
     """Our configuration of a published DeCo; its `num_blocks` counts both kinds of block (B.5)."""
+    if "txt_max_length" in published:
+        return DeCoT2IConfig(
+            hidden_size=published["hidden_size"],
+            depth=published["num_encoder_blocks"],
+            num_heads=published["num_groups"],
+            patch_size=published["patch_size"],
+            decoder_hidden_size=published["decoder_hidden_size"],
+            decoder_depth=published["num_decoder_blocks"],
+            in_channels=published["in_channels"],
+            text_depth=published["num_text_blocks"],
+            text_size=published["txt_embed_dim"],
+            text_length=published["txt_max_length"],
+        )
     return DeCoConfig(
         hidden_size=published["hidden_size"],
         depth=published["num_cond_blocks"],
@@ -79,9 +93,9 @@ def our_name(published: str) -> str:
     return name
 
 
-def load_model(name: str) -> DeCo:
-    """A new DeCo with the parameters of `<name>.safetensors`."""
-    model = DeCo(deco_config(metadata(name)["config"]))
+def load_model(name: str) -> DeCoNetwork:
+    """A new network with the parameters of `<name>.safetensors`."""
+    model = build_network(deco_config(metadata(name)["config"]))
     parameters = {
         our_name(key.removeprefix("param.")): value
         for key, value in tensors(name).items()

@@ -36,12 +36,14 @@ from benchmarks.work import (
     model_work,
     parameter_count,
     sampling_work,
+    text_flops,
     training_work,
 )
 from deco_fast import ops
 from deco_fast.losses import flow_matching_loss, frequency_table
-from deco_fast.models.config import DeCoConfig
+from deco_fast.models.config import DeCoConfig, DeCoT2IConfig
 from deco_fast.models.deco import DeCo
+from deco_fast.models.deco_t2i import DeCoT2I
 from deco_fast.models.decoder import PixelDecoder
 from deco_fast.models.presets import PRESETS
 from deco_fast.sampling.loop import sample
@@ -135,6 +137,19 @@ def test_model_flops_are_those_of_the_reference(
             velocity.backward(torch.ones_like(velocity))
 
     assert counted(run) == model_flops(config, images, backward, folded_input=False)
+
+
+def test_text_flops_are_those_of_the_reference() -> None:
+    config = DeCoT2IConfig(24, 2, 3, patch_size=4, decoder_hidden_size=16, text_size=20)
+    images = Images(2, 12, 16)
+    with torch.device("meta"):
+        model = DeCoT2I(config)
+        inputs = torch.randn(2, 3, 12, 16), torch.zeros(2), torch.zeros(2, 128, 20)
+    expected = model_flops(config, images, backward=False, folded_input=False)
+    assert counted(lambda: model(*inputs)) == expected + 2 * text_flops(config)
+    drawn = sampling_work(config, images, steps=3, guided_steps=2)
+    one = model_flops(config, images, backward=False) + text_flops(config)
+    assert drawn.flops == 5 * one
 
 
 def test_sampling_flops_count_both_halves_of_guided_steps_only() -> None:

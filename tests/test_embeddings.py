@@ -67,6 +67,15 @@ def test_rotary_table_equals_golden(head_dim: int, grid: tuple[int, int]) -> Non
     assert relative_error(table, golden) <= 3e-6
 
 
+@pytest.mark.parametrize("head_dim", [16, 64, 72])
+@pytest.mark.parametrize("grid", [(1, 5), (2, 4), (4, 3), (4, 4)], ids=lambda g: f"{g[0]}x{g[1]}")
+def test_rotary_table_of_the_text_model_equals_golden(head_dim: int, grid: tuple[int, int]) -> None:
+    height, width = grid
+    golden = tensors("tables_positional")[f"t2i.rope.d{head_dim}.{height}x{width}"]
+    table = rotary_table(height, width, head_dim, extent=(width, height))
+    assert relative_error(table, golden) <= 3e-6
+
+
 @given(st.integers(1, 6), st.integers(1, 6), st.sampled_from([4, 8, 24, 32]))
 def test_rotary_table_shape_and_geometry(height: int, width: int, head_dim: int) -> None:
     table = rotary_table(height, width, head_dim)
@@ -118,9 +127,10 @@ def test_apply_rotary_turns_bf16_in_float32() -> None:
 
 
 @pytest.mark.parametrize("patch_size", [2, 4, 8, 16])
-def test_pixel_position_features_equal_golden(patch_size: int) -> None:
-    golden = tensors("tables_positional")[f"c2i.x_embedder_pos.p{patch_size}"][0]
-    features = pixel_position_features(patch_size)
+@pytest.mark.parametrize(("model", "kind"), [("c2i", "product"), ("t2i", "axial")])
+def test_pixel_position_features_equal_golden(model: str, kind: str, patch_size: int) -> None:
+    golden = tensors("tables_positional")[f"{model}.x_embedder_pos.p{patch_size}"][0]
+    features = pixel_position_features(patch_size, kind=kind)
     assert features.dtype == torch.float32
     assert relative_error(features, golden) <= 3e-6
 
@@ -136,6 +146,23 @@ def test_pixel_position_features_by_the_formula(patch_size: int) -> None:
         expected = (torch.pi * place[px] * fx).cos() * (torch.pi * place[py] * fy).cos()
         actual = features[py * patch_size + px, 8 * i + j]
         assert abs(actual - expected / (1 + fx * fy)) < 1e-5
+
+
+@given(st.integers(2, 20), st.integers(0, 31))
+def test_axial_features_are_the_cosines_of_a_rotary_table(patch_size: int, k: int) -> None:
+    features = pixel_position_features(patch_size, kind="axial")
+    table = rotary_table(patch_size, patch_size, 128, extent=(patch_size, patch_size))
+    assert torch.allclose(features, table[..., 0], atol=1e-5)
+    place = torch.linspace(0, patch_size, patch_size, dtype=torch.float64)
+    by_place = features.view(patch_size, patch_size, 64)
+    expected = (place * 10000 ** (-k / 32)).cos().float()
+    assert torch.allclose(by_place[0, :, 2 * k], expected, atol=1e-5)
+    assert torch.allclose(by_place[:, 0, 2 * k + 1], expected, atol=1e-5)
+
+
+def test_unknown_position_features_are_refused() -> None:
+    with pytest.raises(ValueError, match="'polar': choose product or axial"):
+        pixel_position_features(4, kind="polar")
 
 
 # --- RMSNorm --------------------------------------------------------------------------------

@@ -241,7 +241,7 @@ class TestBadInput:
         engine = SamplingEngine(random_model(), batch_size=2)
         with pytest.raises(ValueError, match=r"up to 2 images of \(3, 32, 24\)"):
             engine(noise(3), [0, 1, 2])
-        with pytest.raises(ValueError, match="2 noises but 1 labels"):
+        with pytest.raises(ValueError, match="2 noises but 1 conditions"):
             engine(noise(2), [0])
         with pytest.raises(ValueError, match="label 11 does not exist: 0 … 9, or 10"):
             engine(noise(1), [11])

@@ -16,6 +16,7 @@ TOLERANCE = 1e-5
 """Relative, in float32, as on the CPU."""
 
 P16, P8 = "model_c2i_deco_p16", "model_c2i_deco_p8"
+T16, T8 = "model_t2i_deco_p16", "model_t2i_deco_p8"
 
 
 @pytest.fixture(autouse=True, params=["reference", "triton"])
@@ -33,6 +34,9 @@ def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
         (P8, "sq", False),
         (P8, "wide", False),
         (P8, "wide", True),
+        (T16, "sq", False),
+        (T16, "tall", False),
+        (T8, "wide", False),
     ],
 )
 def test_velocity_and_gradients_equal_golden(name: str, case: str, compiled: bool) -> None:

@@ -9,13 +9,16 @@ import pytest
 import torch
 from golden import deco_config, document, our_name
 
-from deco_fast import DeCo, DeCoConfig
+from deco_fast import DeCo
+from deco_fast.models.build import build_network
+from deco_fast.models.config import DeCoT2IConfig, NetworkConfig
+from deco_fast.models.deco_t2i import DeCoT2I
 from deco_fast.models.presets import PRESETS
 
 
-@pytest.fixture(scope="module")
-def golden() -> tuple[DeCoConfig, dict[str, dict[str, float]]]:
-    statistics = document("init_stats")["c2i_deco"]
+@pytest.fixture(scope="module", params=["c2i_deco", "t2i_deco"])
+def golden(request: pytest.FixtureRequest) -> tuple[NetworkConfig, dict[str, dict[str, float]]]:
+    statistics = document("init_stats")[request.param]
     return (
         deco_config(statistics["config"]),
         {our_name(name): stats for name, stats in statistics["params"].items()},
@@ -23,11 +26,11 @@ def golden() -> tuple[DeCoConfig, dict[str, dict[str, float]]]:
 
 
 def test_every_parameter_is_distributed_as_published(
-    golden: tuple[DeCoConfig, dict[str, dict[str, float]]],
+    golden: tuple[NetworkConfig, dict[str, dict[str, float]]],
 ) -> None:
     config, published = golden
     torch.manual_seed(0)
-    parameters = dict(DeCo(config).named_parameters())
+    parameters = dict(build_network(config).named_parameters())
     assert parameters.keys() == published.keys()
     for name, parameter in parameters.items():
         stats, values = published[name], parameter.detach().double()
@@ -56,6 +59,14 @@ def test_the_first_velocity_is_exactly_zero() -> None:
         assert not block.modulation.weight.any() and not block.modulation.bias.any()
     for block in model.blocks:
         assert block.modulation.weight.any() and block.modulation.bias.any()
+
+
+def test_the_first_velocity_of_the_text_model_is_exactly_zero() -> None:
+    config = DeCoT2IConfig(16, 1, 2, patch_size=4, text_depth=1, text_size=8, text_length=3)
+    x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.randn(2, 3, 8)
+    model = DeCoT2I(config)
+    assert torch.equal(model(x, t, y), torch.zeros_like(x))
+    assert model.encode(x, t, y).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("std", [0.02, 0.3])

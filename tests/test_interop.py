@@ -31,9 +31,12 @@ from deco_fast.interop import progress, published
 from deco_fast.interop.__main__ import main
 from deco_fast.interop.convert import convert
 from deco_fast.interop.unpickle import Placeholder, TensorRecord, TorchFile
+from deco_fast.models.build import build_network
 from deco_fast.models.card import ModelCard, SamplingSettings
-from deco_fast.models.config import DeCoConfig
+from deco_fast.models.config import DeCoConfig, DeCoT2IConfig
 from deco_fast.models.deco import DeCo
+from deco_fast.models.deco_t2i import DeCoT2I
+from deco_fast.models.presets import PRESETS
 
 CONFIG = DeCoConfig(
     hidden_size=16,
@@ -113,7 +116,13 @@ def layout(name: str) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("weights", ["model", "ema"])
 @pytest.mark.parametrize(
     ("name", "preset"),
-    [("DeCo_XL", "deco-xl"), ("DeCo_XL_512", "deco-xl-512"), ("DeCo_large", "deco-l")],
+    [
+        ("DeCo_XL", "deco-xl"),
+        ("DeCo_XL_512", "deco-xl-512"),
+        ("DeCo_large", "deco-l"),
+        ("pretraining_res256", "deco-t2i"),
+        ("sft_res512", "deco-t2i"),
+    ],
 )
 def test_names_and_shapes_map_one_to_one(name: str, preset: str, weights: str) -> None:
     prefix = published.PREFIXES[weights]
@@ -123,7 +132,7 @@ def test_names_and_shapes_map_one_to_one(name: str, preset: str, weights: str) -
         if key.startswith(prefix)
     }
     with torch.device("meta"):
-        model = DeCo.from_preset(preset)
+        model = build_network(PRESETS[preset].config)
     ours = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     assert {published.from_published(key): shape for key, shape in theirs.items()} == ours
     assert {published.to_published(key): shape for key, shape in ours.items()} == theirs
@@ -137,8 +146,6 @@ def test_names_and_shapes_map_one_to_one(name: str, preset: str, weights: str) -
         ("Baseline_DiT_XL", "baseline"),
         ("Baseline_DiT_JiT", "baseline"),
         ("Baseline_PixNerd", "PixNerd"),
-        ("pretraining_res256", "text-to-image"),
-        ("sft_res512", "text-to-image"),
     ],
 )
 def test_other_networks_are_recognised(name: str, kind: str) -> None:
@@ -192,7 +199,7 @@ def test_any_architecture_is_found_from_its_tensors(
 # Loading
 
 
-@pytest.mark.parametrize("name", ["model_c2i_deco_p16", "model_c2i_deco_p8"])
+@pytest.mark.parametrize("name", ["model_c2i_deco_p16", "model_c2i_deco_p8", "model_t2i_deco_p8"])
 def test_the_golden_velocity(tmp_path: Path, name: str) -> None:
     tensors = golden.tensors(name)
     parameters = {
@@ -592,7 +599,6 @@ def test_a_file_with_only_one_kind_of_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("model_t2i_deco_p16", "a text-to-image model"),
         ("model_c2i_baseline_p16", "a baseline DiT"),
         ("model_c2i_pixnerd_p16", "a PixNerd model"),
     ],
@@ -603,7 +609,37 @@ def test_a_file_of_another_network(tmp_path: Path, name: str, kind: str) -> None
         for key, tensor in golden.tensors(name).items()
         if key.startswith("param.")
     }
-    assert_refused(lightning_file(tmp_path / "f.ckpt", state), kind, "class-conditional DeCo")
+    assert_refused(lightning_file(tmp_path / "f.ckpt", state), kind, "name a checkpoint of DeCo")
+
+
+def test_a_published_text_model(tmp_path: Path) -> None:
+    config = DeCoT2IConfig(16, 2, 2, patch_size=4, text_depth=3, text_size=24, text_length=5)
+    state = {name: torch.randn_like(t) for name, t in DeCoT2I(config).state_dict().items()}
+    path = lightning_file(tmp_path / "t2i.ckpt", published_state(state, state))
+    model = load_checkpoint(path)
+    assert isinstance(model, DeCoT2I)
+    assert model.config == config
+    assert_weights(model, state)
+    assert model.card is not None
+    assert (model.card.height, model.card.sampling) == (512, PRESETS["deco-t2i"].card.sampling)
+    assert "guidance scale 4 for times in (0, 1)" in model.card.assumed
+    assert "25 steps of the solver adams, time shift 3" in model.card.assumed
+    assert_refused(path, "draws from text, unlike preset deco-xl", preset="deco-xl")
+    missing = {name: tensor for name, tensor in state.items() if name != "text_position"}
+    lacking = lightning_file(tmp_path / "f.ckpt", published_state(None, missing))
+    assert_refused(lacking, "1 missing (ema_denoiser.y_pos_embedding)")
+
+    ours = tmp_path / "ours"
+    assert "assumed: images of 512×512 pixels" in convert(path, ours)
+    assert_weights(load_checkpoint(ours), state)
+    notes = " ".join(convert(ours, tmp_path / "back.ckpt"))
+    assert "txt_embed_dim: 24, txt_max_length: 5, num_text_blocks: 3" in notes
+    assert "num_encoder_blocks: 2, num_decoder_blocks: 3" in notes
+    back = load_checkpoint(tmp_path / "back.ckpt", weights="model")
+    assert (back.config, back.card) == (config, load_checkpoint(ours).card)
+    assert_weights(back, state)
+    theirs = torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(theirs["denoiser.y_pos_embedding"], state["text_position"])
 
 
 # Conversion

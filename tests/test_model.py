@@ -29,12 +29,16 @@ from deco_fast import DeCo, DeCoConfig, ops
 from deco_fast.errors import UserError
 from deco_fast.models import attention as attention_module
 from deco_fast.models.attention import activate_flash_attention, attention
+from deco_fast.models.deco_t2i import DeCoT2I
+from deco_fast.models.network import DeCoNetwork
 
 TOLERANCE = 1e-5
 """Relative, in float32: an independent implementation came within 1.7e-6 of the goldens."""
 
 P16, P8 = "model_c2i_deco_p16", "model_c2i_deco_p8"
+T16, T8 = "model_t2i_deco_p16", "model_t2i_deco_p8"
 CASES = [(P16, "sq"), (P16, "wide"), (P16, "tall"), (P8, "sq"), (P8, "wide")]
+CASES += [(T16, "sq"), (T16, "wide"), (T16, "tall"), (T8, "sq"), (T8, "wide")]
 TINY = DeCoConfig(
     hidden_size=16,
     depth=2,
@@ -73,7 +77,7 @@ def inputs(batch: int = 2, height: int = 8, width: int = 12) -> tuple[Tensor, Te
 class Run:
     """One golden case, and the same computed by our network."""
 
-    model: DeCo
+    model: DeCoNetwork
     case: str
     golden: dict[str, Tensor]
     stride: dict[str, int]
@@ -81,26 +85,30 @@ class Run:
     tokens: Tensor
     blocks: tuple[Tensor, ...]
     x_gradient: Tensor
+    y_gradient: Tensor | None  # labels have none
 
     def expected(self, name: str) -> Tensor:
         return self.golden[f"{self.case}.{name}"]
 
 
 @pytest.fixture(
-    scope="module", params=CASES, ids=lambda case: f"{case[0][-3:].strip('_')}-{case[1]}"
+    scope="module",
+    params=CASES,
+    ids=lambda case: f"{case[0][6:9]}-{case[0][-3:].strip('_')}-{case[1]}",
 )
 def run(request: pytest.FixtureRequest) -> Run:
     name, case = request.param
     golden, model = tensors(name), load_model(name)
     x, t, y, g = (golden[f"{case}.in.{key}"] for key in "xtyg")
-    x = x.clone().requires_grad_()
+    x, y = x.clone().requires_grad_(), y.clone()
+    if y.is_floating_point():
+        y.requires_grad_()
     tokens, blocks = model.encode(x, t, y, return_layers=range(1, model.config.depth + 1))
     velocity = model.decode(x, tokens)
     (velocity * g).sum().backward()
     assert x.grad is not None
-    return Run(
-        model, case, golden, metadata(name)["grad_row_stride"], velocity, tokens, blocks, x.grad
-    )
+    stride = metadata(name)["grad_row_stride"]
+    return Run(model, case, golden, stride, velocity, tokens, blocks, x.grad, y.grad)
 
 
 def test_velocity_equals_golden(run: Run) -> None:
@@ -145,6 +153,21 @@ def test_gradient_of_the_image_equals_golden(run: Run) -> None:
     assert relative_error(run.x_gradient, run.expected("grad.x")) <= TOLERANCE
 
 
+def test_gradient_of_the_text_equals_golden(run: Run) -> None:
+    assert (run.y_gradient is not None) == isinstance(run.model, DeCoT2I)
+    if run.y_gradient is not None:
+        assert relative_error(run.y_gradient, run.expected("grad.y")) <= TOLERANCE
+
+
+def test_refined_text_equals_golden(run: Run) -> None:
+    if not isinstance(run.model, DeCoT2I):
+        return
+    temb = run.model.timestep_embedder(run.expected("in.t"))[:, None]
+    text = run.model.refine_text(run.expected("in.y"), temb)
+    last = f"inter.text_refine_blocks.{run.model.config.text_depth - 1}"
+    assert relative_error(text, run.expected(last)) <= TOLERANCE
+
+
 def test_norm_of_every_gradient_equals_golden(run: Run) -> None:
     norms = gradient_norms(run.model)
     expected = run.expected("grad.norms")
@@ -155,7 +178,8 @@ def test_norm_of_every_gradient_equals_golden(run: Run) -> None:
 def test_stored_gradients_equal_golden(run: Run) -> None:
     prefix = f"{run.case}.grad.param."
     stored = [key.removeprefix(prefix) for key in run.golden if key.startswith(prefix)]
-    assert len(stored) == (22 if run.case == "sq" else 0)
+    of_a_square = 27 if isinstance(run.model, DeCoT2I) else 22
+    assert len(stored) == (of_a_square if run.case == "sq" else 0)
     for published in stored:
         gradient = run.model.get_parameter(our_name(published)).grad
         assert gradient is not None
@@ -180,7 +204,7 @@ def test_float64_equals_golden(run: Run) -> None:
 # --- half precision -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [P16, P8])
+@pytest.mark.parametrize("name", [P16, P8, T16, T8])
 def test_bf16_autocast_is_as_near_as_the_published_code(name: str) -> None:
     golden, model = tensors(name), load_model(name)
     exact, guide = golden["sq.out.v"], golden["sq.out.v_cpu_autocast_bf16"]
@@ -189,7 +213,7 @@ def test_bf16_autocast_is_as_near_as_the_published_code(name: str) -> None:
     assert relative_error(velocity, exact) <= 1.5 * relative_error(guide, exact)
 
 
-@pytest.mark.parametrize("name", [P16, P8])
+@pytest.mark.parametrize("name", [P16, P8, T16, T8])
 def test_pure_bf16_forward_and_backward(name: str) -> None:
     golden, model = tensors(name), load_model(name).bfloat16()
     x, t, y, g = (golden[f"sq.in.{key}"] for key in "xtyg")

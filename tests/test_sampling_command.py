@@ -235,7 +235,7 @@ class TestDraw:
         assert most_different(last.numpy(), alone.numpy()) <= 1
 
     def test_wrong_arguments(self) -> None:
-        with pytest.raises(ValueError, match="2 labels for 1 images"):
+        with pytest.raises(ValueError, match="2 conditions for 1 images"):
             next(draw(SamplingEngine(tiny_model()), [0, 1], [0]))
 
     @pytest.mark.parametrize("count", [0, 1, 2, 5])

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,6 +17,7 @@ from transformers import Dinov2Config, Dinov2Model
 from deco_fast.checkpoint.find import locate
 from deco_fast.checkpoint.format import weights_file
 from deco_fast.errors import UserError
+from deco_fast.quiet import quiet_transformers
 
 _SOURCE = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth"
 
@@ -77,7 +76,7 @@ def _load(file: Path) -> Dinov2Model:
     if "pos_embed" in tensors:
         tensors = dict(_from_original(tensors))
     config = _config(tensors, file)
-    with _quiet():
+    with quiet_transformers():
         loaded: Any = Dinov2Model.from_pretrained(
             None, config=config, state_dict=tensors, output_loading_info=True
         )
@@ -134,19 +133,3 @@ def _config(tensors: Mapping[str, Tensor], file: Path) -> Dinov2Config:
 
 def _not_dinov2(file: Path, reason: str) -> UserError:
     return UserError(f"{file} is not a DINOv2 without registers ({reason})")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own report, which the caller's replaces."""
-    logging = transformers.utils.logging
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -9,7 +9,7 @@ from pathlib import Path
 from deco_fast.checkpoint.checksums import CHECKSUMS_FILE
 from deco_fast.errors import UserError
 from deco_fast.models.card import ModelCard
-from deco_fast.models.config import DeCoConfig
+from deco_fast.models.config import NetworkConfig, config_from_json
 
 FORMAT = "deco_fast"
 FORMAT_VERSION = 1
@@ -52,7 +52,7 @@ class Header:
     """
 
     weights: str
-    config: DeCoConfig
+    config: NetworkConfig
     card: ModelCard
     files: tuple[str, ...] = ()
 
@@ -88,7 +88,7 @@ class Header:
         try:
             return cls(
                 weights=metadata["weights"],
-                config=DeCoConfig.from_json(json.loads(metadata["config"])),
+                config=config_from_json(json.loads(metadata["config"])),
                 card=ModelCard.from_json(json.loads(metadata["card"])),
                 files=tuple(json.loads(metadata["files"])),
             )

@@ -13,7 +13,7 @@ from deco_fast.errors import UserError
 from deco_fast.interop import published
 from deco_fast.interop.unpickle import TensorRecord, TorchFile
 from deco_fast.models.card import ModelCard
-from deco_fast.models.config import DeCoConfig
+from deco_fast.models.config import DeCoConfig, NetworkConfig
 from deco_fast.models.presets import PRESETS
 
 PUBLISHED_METADATA = "deco_fast"
@@ -53,9 +53,7 @@ def open_published(path: Path, weights: str | None) -> Source:
     }
     other = published.other_network(records)
     if other:
-        raise UserError(
-            f"{path} is {other}, and this loads class-conditional DeCo: name such a checkpoint"
-        )
+        raise UserError(f"{path} is {other}, and this loads DeCo: name a checkpoint of DeCo")
     ours = {name: published.from_published(name) for name in records}
     by_name = {our: records[name] for name, our in ours.items() if our is not None}
     shapes = {name: record.shape for name, record in by_name.items()}
@@ -64,11 +62,11 @@ def open_published(path: Path, weights: str | None) -> Source:
         return prefix + published.to_published(name)
 
     metadata = content.get(PUBLISHED_METADATA)
-    config, card = (
-        _stored(metadata, path)
-        if isinstance(metadata, dict)
-        else (_infer_config(path, shapes, name_in_file), _assumed_card(path, content))
-    )
+    if isinstance(metadata, dict):
+        config, card = _stored(metadata, path)
+    else:
+        config = _infer_config(path, shapes, name_in_file)
+        card = _assumed_card(path, content, config)
     return Source(
         path=path,
         weights=weights,
@@ -101,35 +99,37 @@ def _left_out(state: Any, content: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(description for names, description in descriptions if names)
 
 
-def _stored(metadata: Mapping[str, Any], path: Path) -> tuple[DeCoConfig, ModelCard]:
+def _stored(metadata: Mapping[str, Any], path: Path) -> tuple[NetworkConfig, ModelCard]:
     header = Header.from_metadata({key: str(value) for key, value in metadata.items()}, path)
     return header.config, header.card
 
 
 def _infer_config(
     path: Path, shapes: Mapping[str, tuple[int, ...]], name_in_file: Callable[[str], str]
-) -> DeCoConfig:
+) -> NetworkConfig:
     missing = published.missing_for_inference(shapes)
     if missing:
         names = [name_in_file(name) for name in missing]
         raise UserError(
             f"{path} does not have the tensors of a DeCo: {len(names)} missing ({listed(names)}); "
-            "name an unchanged checkpoint of a class-conditional DeCo"
+            "name an unchanged checkpoint of DeCo"
         )
     try:
         return published.infer_config(shapes)
     except ValueError as error:
         raise UserError(
             f"{path} does not have the tensors of a DeCo: {error}; "
-            "name an unchanged checkpoint of a class-conditional DeCo"
+            "name an unchanged checkpoint of DeCo"
         ) from error
 
 
-def _assumed_card(path: Path, content: Mapping[str, Any]) -> ModelCard:
-    """What a published file does not say, as published for ImageNet at 256×256."""
-    card = PRESETS["deco-xl"].card
+def _assumed_card(path: Path, content: Mapping[str, Any], config: NetworkConfig) -> ModelCard:
+    """What a published file does not say, as published: for ImageNet at 256×256, or text at 512."""
+    card = PRESETS["deco-xl" if isinstance(config, DeCoConfig) else "deco-t2i"].card
     sampling = card.sampling
     low, high = sampling.guidance_interval
+    end = ")" if sampling.solver == "adams" else "]"
+    shift = f", time shift {sampling.time_shift:g}" if sampling.time_shift != 1 else ""
     step = content.get("global_step")
     return replace(
         card,
@@ -138,7 +138,7 @@ def _assumed_card(path: Path, content: Mapping[str, Any]) -> ModelCard:
         assumed=(
             f"images of {card.height}×{card.width} pixels",
             f"the network predicts {card.prediction}",
-            f"guidance scale {sampling.guidance_scale:g} for times in ({low:g}, {high:g}]",
-            f"{sampling.steps} steps of the solver {sampling.solver}",
+            f"guidance scale {sampling.guidance_scale:g} for times in ({low:g}, {high:g}{end}",
+            f"{sampling.steps} steps of the solver {sampling.solver}{shift}",
         ),
     )

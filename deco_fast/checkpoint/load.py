@@ -15,8 +15,8 @@ from deco_fast.checkpoint.sniff import open_source
 from deco_fast.checkpoint.source import Source
 from deco_fast.errors import UserError, nearest
 from deco_fast.models.card import ModelCard
-from deco_fast.models.config import DeCoConfig
-from deco_fast.models.deco import DeCo
+from deco_fast.models.config import DeCoT2IConfig, NetworkConfig
+from deco_fast.models.network import DeCoNetwork
 from deco_fast.models.presets import PRESETS
 from deco_fast.models.presets import preset as named_preset
 
@@ -27,7 +27,7 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     preset: str | None = None,
-) -> DeCo:
+) -> DeCoNetwork:
     """A model from a checkpoint, ready to sample from.
 
     The file is memory-mapped: on the CPU and in the file's dtype the parameters are views of it
@@ -83,7 +83,7 @@ def open_checkpoint(
     return replace(source, card=replace(chosen.card, step=source.card.step))
 
 
-def load_weights(path: str | Path, model: DeCo, weights: str | None = None) -> None:
+def load_weights(path: str | Path, model: DeCoNetwork, weights: str | None = None) -> None:
     """Overwrite the parameters of an existing model, where it is and in its dtype.
 
     Args:
@@ -102,7 +102,7 @@ def load_weights(path: str | Path, model: DeCo, weights: str | None = None) -> N
             parameter.copy_(source.read(name))
 
 
-def read_config(path: str | Path) -> DeCoConfig:
+def read_config(path: str | Path) -> NetworkConfig:
     """The architecture of a checkpoint.
 
     Raises:
@@ -151,24 +151,27 @@ def _usable(device: str | torch.device) -> torch.device:
     return target
 
 
-def _differences(one: DeCoConfig, other: DeCoConfig) -> dict[str, tuple[Any, Any]]:
+def _differences(one: NetworkConfig, other: NetworkConfig) -> dict[str, tuple[Any, Any]]:
     """The fields in which two networks have different tensors."""
     fields, others = asdict(one), asdict(other)
     return {
-        name: (fields[name], others[name])
-        for name in fields
-        if fields[name] != others[name] and name != "class_embedding_std"
+        name: (fields.get(name), others.get(name))
+        for name in {**fields, **others}
+        if fields.get(name) != others.get(name) and name != "class_embedding_std"
     }
 
 
 def _compare(
     path: Path,
-    config: DeCoConfig,
-    expected: DeCoConfig,
+    config: NetworkConfig,
+    expected: NetworkConfig,
     what: str,
     remedy: str = "name another checkpoint",
 ) -> None:
     differences = _differences(config, expected)
+    if type(config) is not type(expected):
+        condition = "text" if isinstance(config, DeCoT2IConfig) else "class labels"
+        raise UserError(f"{path} draws from {condition}, unlike {what}: {remedy}")
     if differences:
         listed = ", ".join(f"{name} {a} and not {b}" for name, (a, b) in differences.items())
         raise UserError(f"{path} is not of the architecture of {what} ({listed}): {remedy}")

@@ -22,10 +22,10 @@ from deco_fast.checkpoint.format import (
     weights_file,
 )
 from deco_fast.models.card import ModelCard
-from deco_fast.models.config import DeCoConfig
-from deco_fast.models.deco import DeCo
+from deco_fast.models.config import NetworkConfig
+from deco_fast.models.network import DeCoNetwork
 
-Network = DeCo | Mapping[str, Tensor]
+Network = DeCoNetwork | Mapping[str, Tensor]
 
 
 def save_checkpoint(
@@ -36,7 +36,7 @@ def save_checkpoint(
     card: ModelCard,
     training: Mapping[str, Any] | None = None,
     projector: Mapping[str, Tensor] | None = None,
-    config: DeCoConfig | None = None,
+    config: NetworkConfig | None = None,
     optimizer_folder: Path | None = None,
 ) -> Path:
     """Write a checkpoint folder: model.safetensors, ema.safetensors, training.pt, checksums.
@@ -100,7 +100,7 @@ def save_weights(
     dtype: torch.dtype | None = None,
     *,
     weights: str = "ema",
-    config: DeCoConfig | None = None,
+    config: NetworkConfig | None = None,
 ) -> Path:
     """Write one network as a single safetensors file, all that sampling needs.
 
@@ -143,18 +143,18 @@ def write_torch(path: Path, content: Any) -> None:
             raise
 
 
-def _config(network: Network, config: DeCoConfig | None) -> DeCoConfig:
-    if isinstance(network, DeCo):
+def _config(network: Network, config: NetworkConfig | None) -> NetworkConfig:
+    if isinstance(network, DeCoNetwork):
         return network.config
     if config is None:
-        raise ValueError("a state dict does not tell its DeCoConfig: pass config")
+        raise ValueError("a state dict does not tell its configuration: pass config")
     return config
 
 
 def _write_tensors(
     path: Path, network: Network, metadata: dict[str, str], dtype: torch.dtype | None = None
 ) -> None:
-    tensors = network.state_dict() if isinstance(network, DeCo) else network
+    tensors = network.state_dict() if isinstance(network, DeCoNetwork) else network
     converted = {}
     for name, tensor in tensors.items():
         converted[name] = tensor.detach().to(dtype=dtype or tensor.dtype).contiguous()

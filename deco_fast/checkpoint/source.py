@@ -14,9 +14,10 @@ from torch import Tensor
 
 from deco_fast.checkpoint.format import PROJECTOR_FILE, TRAINING_FILE, Header
 from deco_fast.errors import UserError
+from deco_fast.models.build import build_network
 from deco_fast.models.card import ModelCard
-from deco_fast.models.config import DeCoConfig
-from deco_fast.models.deco import DeCo
+from deco_fast.models.config import NetworkConfig
+from deco_fast.models.network import DeCoNetwork
 
 
 class MissingWeightsError(UserError):
@@ -44,7 +45,7 @@ class Source:
 
     path: Path
     weights: str
-    config: DeCoConfig
+    config: NetworkConfig
     card: ModelCard
     shapes: Mapping[str, tuple[int, ...]]
     extra: tuple[str, ...]
@@ -54,14 +55,14 @@ class Source:
     name_in_file: Callable[[str], str]
     projector: Callable[[], dict[str, Tensor]] = dict
 
-    def empty_model(self) -> DeCo:
-        """A DeCo of this architecture on the meta device, which holds no memory.
+    def empty_model(self) -> DeCoNetwork:
+        """A network of this architecture on the meta device, which holds no memory.
 
         Raises:
             UserError: the file's tensors are not the ones that it needs.
         """
         with torch.device("meta"):
-            model = DeCo(self.config, self.card)
+            model = build_network(self.config, self.card)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         missing = [self.name_in_file(name) for name in expected if name not in self.shapes]
         extra = [self.name_in_file(name) for name in self.shapes if name not in expected]
@@ -82,7 +83,7 @@ class Source:
         if problems:
             raise UserError(
                 f"{self.path} does not have the tensors of a DeCo: {', '.join(problems)}; "
-                "name an unchanged checkpoint of a class-conditional DeCo"
+                "name an unchanged checkpoint of DeCo"
             )
         return model
 

@@ -21,7 +21,8 @@ from deco_fast.cli.parser import checked, number, one_of, whole_number
 from deco_fast.errors import UserError
 from deco_fast.evaluation.digits import DigitsEvaluator
 from deco_fast.evaluation.report import REPORT_FILE, report_folder, write_report
-from deco_fast.models.deco import DeCo
+from deco_fast.models.config import class_config
+from deco_fast.models.network import DeCoNetwork
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import save_grid
 from deco_fast.sampling.recipes import resolve_settings
@@ -92,11 +93,11 @@ def _from_checkpoint(options: argparse.Namespace) -> _Images:
     checkpoint = locate(named)
     model = load_checkpoint(checkpoint, drawing["weights"], device)
     assert model.card is not None
-    _check_draws_digits(model, checkpoint)
+    num_classes = _check_draws_digits(model, checkpoint)
     settings = resolve_settings(
         model.card.sampling, None, {name: getattr(options, name) for name in _SETTINGS}
     )
-    labels = labels_for(drawing["num"], model.config.num_classes)
+    labels = labels_for(drawing["num"], num_classes)
 
     def get() -> tuple[Tensor, Tensor]:
         because = f" ({reason})" if reason else ""
@@ -116,14 +117,16 @@ def _from_checkpoint(options: argparse.Namespace) -> _Images:
     return _Images(name, source, get)
 
 
-def _check_draws_digits(model: DeCo, checkpoint: Path) -> None:
-    config, card = model.config, model.card
+def _check_draws_digits(model: DeCoNetwork, checkpoint: Path) -> int:
+    """The number of the model's classes, which must be ten."""
+    config, card = class_config(model.config, checkpoint), model.card
     assert card is not None
     if config.num_classes != 10 or config.in_channels != 3 or card.height != card.width:
         raise UserError(
             f"{checkpoint} draws {card.height}×{card.width} images of {config.num_classes} "
             "classes: name a checkpoint that was trained on the digits"
         )
+    return config.num_classes
 
 
 def _from_file(options: argparse.Namespace) -> _Images:

@@ -18,7 +18,8 @@ from deco_fast.evaluation.report import report_folder, write_report
 from deco_fast.evaluation.spectrum import TIMESTEPS, Spectrum, measure_spectra, parse_timesteps
 from deco_fast.evaluation.spectrum_images import DIGITS, open_labelled
 from deco_fast.evaluation.spectrum_report import draw_spectra, high_share_lines, write_csv
-from deco_fast.models.deco import DeCo
+from deco_fast.models.config import class_config
+from deco_fast.models.network import DeCoNetwork
 from deco_fast.sampling.batch_size import default_batch_size
 from deco_fast.sampling.run import weights_checksum
 from deco_fast.sampling.source import checkpoint_name, default_checkpoint
@@ -37,6 +38,9 @@ def run(options: argparse.Namespace) -> int:
     timesteps = TIMESTEPS if options.timesteps is None else parse_timesteps(options.timesteps)
     paths = _named(options)
     models = {name: load_checkpoint(path, options.weights, device) for name, path in paths.items()}
+    classes = {
+        name: class_config(model.config, paths[name]).num_classes for name, model in models.items()
+    }
     height, width = _common_size(models)
     source: dict[str, Any] = {
         "checkpoints": {name: str(path) for name, path in paths.items()},
@@ -53,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     batch_size = options.batch_size or default_batch_size(device, height, width)
     spectra: list[Spectrum] = []
     for name, model in models.items():
-        images = open_labelled(options.images, height, width, model.config.num_classes)
+        images = open_labelled(options.images, height, width, classes[name])
         count = min(options.num, len(images))
         batches = tqdm(
             images.batches(count, batch_size),
@@ -97,7 +101,7 @@ def _named(options: argparse.Namespace) -> dict[str, Path]:
     return named
 
 
-def _common_size(models: dict[str, DeCo]) -> tuple[int, int]:
+def _common_size(models: dict[str, DeCoNetwork]) -> tuple[int, int]:
     sizes = {}
     for name, model in models.items():
         assert model.card is not None

@@ -17,21 +17,24 @@ from deco_fast.checkpoint import load_checkpoint, read_card, read_config
 from deco_fast.checkpoint.find import locate
 from deco_fast.cli.sample_options import DTYPES, sample_parser
 from deco_fast.compiling import explain_compile_errors, keep_compiled_code
+from deco_fast.conditioning.qwen3 import QWEN3_1_7B, Qwen3TextEncoder
 from deco_fast.errors import UserError, run_command
 from deco_fast.guidance import check_interval
 from deco_fast.models.attention import activate_flash_attention
 from deco_fast.models.card import ModelCard, SamplingSettings
-from deco_fast.models.config import DeCoConfig
-from deco_fast.models.deco import DeCo
+from deco_fast.models.config import DeCoT2IConfig
+from deco_fast.models.deco_t2i import DeCoT2I
 from deco_fast.models.fp8 import fp8_problem
+from deco_fast.models.network import DeCoNetwork
 from deco_fast.models.presets import preset
 from deco_fast.sampling.batch_size import default_batch_size, largest_batch_size
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import save_grid
+from deco_fast.sampling.job import Job, Output, check_size, make_job
+from deco_fast.sampling.prompts import shorten
 from deco_fast.sampling.recipes import recipe_settings, resolve_settings
 from deco_fast.sampling.run import (
     draw,
-    labels_for,
     share,
     weights_checksum,
 )
@@ -41,7 +44,6 @@ from deco_fast.sampling.writers import (
     NpzFile,
     PngFolder,
     check_writable,
-    free_folder,
 )
 from deco_fast.training.distributed import Processes, join_processes, pick_device
 
@@ -69,7 +71,7 @@ class _Plan:
         card: what the checkpoint, or the preset, says about sampling.
         height, width: of an image in pixels.
         settings: solver, steps, guidance.
-        labels: the class of each image.
+        job: the class or prompt of each image.
     """
 
     checkpoint: Path
@@ -78,7 +80,7 @@ class _Plan:
     height: int
     width: int
     settings: SamplingSettings
-    labels: list[int]
+    job: Job
 
 
 def _plan(options: argparse.Namespace) -> _Plan:
@@ -103,9 +105,14 @@ def _plan(options: argparse.Namespace) -> _Plan:
     )
     checkpoint = locate(named)
     config = read_config(checkpoint)
+    job = make_job(config, vars(options))
     card = preset(options.preset).card if options.preset else read_card(checkpoint)
     height, width = options.height or card.height, options.width or card.width
-    _check_size(config, height, width)
+    check_size(config, height, width, square=options.dpg is not None)
+    if options.recipe and isinstance(config, DeCoT2IConfig):
+        raise UserError(
+            "--recipe: the recipes are those of class models; give --solver and --steps"
+        )
     recipe = recipe_settings(options.recipe, height, width) if options.recipe else None
     settings = resolve_settings(card.sampling, recipe, _given_settings(options))
     return _Plan(
@@ -115,7 +122,7 @@ def _plan(options: argparse.Namespace) -> _Plan:
         height=height,
         width=width,
         settings=settings,
-        labels=labels_for(options.num, config.num_classes, options.classes),
+        job=job,
     )
 
 
@@ -133,21 +140,6 @@ def _check_interval(interval: list[float]) -> None:
         raise UserError(f"--guidance-interval: {error}") from error
 
 
-def _check_size(config: DeCoConfig, height: int, width: int) -> None:
-    patch = config.patch_size
-    for option, size in (("--height", height), ("--width", width)):
-        if size % patch:
-            nearest_size = max(1, round(size / patch)) * patch
-            raise UserError(
-                f"{option} {size} is not divisible by the patch size {patch}: use {nearest_size}"
-            )
-    if config.in_channels != 3:
-        raise UserError(
-            f"the checkpoint draws images of {config.in_channels} channels, and image files here "
-            "have 3: use deco_fast.sample"
-        )
-
-
 def _run(plan: _Plan, options: argparse.Namespace, processes: Processes) -> int:
     def say(title: str, text: str) -> None:
         if processes.is_main:
@@ -162,15 +154,18 @@ def _run(plan: _Plan, options: argparse.Namespace, processes: Processes) -> int:
         DTYPES[options.dtype],
         options.preset,
     )
+    encoder = _text_encoder(plan, options, model, processes)
     engine_of = functools.partial(
         SamplingEngine,
         model,
         plan.settings,
+        encode_text=encoder,
+        distinct_conditions=plan.job.distinct,
         height=plan.height,
         width=plan.width,
         fp8=options.dtype == "fp8",
     )
-    num = len(plan.labels)
+    num = len(plan.job.labels)
     own_share = -(-num // processes.world_size)
     batch_size = min(options.batch_size or _batch_size(plan, engine_of, processes), own_share)
     reason = f" ({plan.reason})" if plan.reason else ""
@@ -178,6 +173,9 @@ def _run(plan: _Plan, options: argparse.Namespace, processes: Processes) -> int:
     for assumption in plan.card.assumed:
         say("assumed", assumption)
     say("images", f"{num:,} of {plan.height}×{plan.width}, seed {options.seed}")
+    if encoder is not None:
+        for line in _describe_prompts(plan.job, options, encoder):
+            say("prompts", line)
     say("sampling", _describe(plan.settings))
     say(
         "computing",
@@ -185,7 +183,7 @@ def _run(plan: _Plan, options: argparse.Namespace, processes: Processes) -> int:
     )
 
     output = _open_output(plan, options, processes, _record(plan, options, model))
-    if isinstance(output, NpzFile) and output.finished:
+    if output.finished:
         say("finished", f"{output.path} holds these images already; --overwrite draws them again")
         return 0
     own = share(num, batch_size, processes.rank, processes.world_size)
@@ -203,8 +201,15 @@ def _run(plan: _Plan, options: argparse.Namespace, processes: Processes) -> int:
 
     started = time.perf_counter()
     if pending:
-        labels = [plan.labels[index] for index in pending]
-        batches = draw(engine, labels, pending, seed=options.seed, progress=processes.is_main)
+        every = plan.job.conditions
+        batches = draw(
+            engine,
+            [every[index] for index in pending],
+            pending,
+            seed=options.seed,
+            uncondition=None if encoder is None else options.negative_prompt,
+            progress=processes.is_main,
+        )
         for indices, images in batches:
             output.write(indices, images)
     seconds = time.perf_counter() - started
@@ -233,19 +238,19 @@ def _batch_size(plan: _Plan, engine_of: Callable[..., SamplingEngine], processes
     def run(size: int) -> None:
         engine_of(batch_size=size).try_out()
 
-    own_share = -(-len(plan.labels) // processes.world_size)
+    own_share = -(-len(plan.job.labels) // processes.world_size)
     fitting = largest_batch_size(run, plan.height, plan.width, own_share)
     return processes.least(fitting)
 
 
-def _record(plan: _Plan, options: argparse.Namespace, model: DeCo) -> dict[str, Any]:
+def _record(plan: _Plan, options: argparse.Namespace, model: DeCoNetwork) -> dict[str, Any]:
     """What the images are drawn with, to be kept beside them."""
     return {
         "checkpoint": str(plan.checkpoint),
         "weights": options.weights,
         "weights_checksum": weights_checksum(model),
-        "num": len(plan.labels),
-        "classes": options.classes,
+        "num": len(plan.job.labels),
+        **_recorded_conditions(plan, options),
         "height": plan.height,
         "width": plan.width,
         "seed": options.seed,
@@ -259,20 +264,19 @@ def _record(plan: _Plan, options: argparse.Namespace, model: DeCo) -> dict[str, 
 
 def _open_output(
     plan: _Plan, options: argparse.Namespace, processes: Processes, record: dict[str, Any]
-) -> PngFolder | NpzFile:
+) -> Output:
     """The first process makes the place for the images, then the others find it."""
 
-    def choose() -> PngFolder | NpzFile:
-        if options.npz:
-            return NpzFile(options.npz, record, plan.labels)
-        if options.out:
-            return PngFolder(options.out, record, plan.labels)
+    def choose() -> Output:
         solver, steps = plan.settings.solver, plan.settings.steps
-        name = f"{checkpoint_name(plan.checkpoint)}-{solver}{steps}-seed{options.seed}"
-        base = Path("samples") / name
-        if options.overwrite:
-            return PngFolder(base, record, plan.labels)
-        return free_folder(base, record, plan.labels)
+        parts = [checkpoint_name(plan.checkpoint), f"{solver}{steps}", f"seed{options.seed}"]
+        parts += [plan.job.benchmark] if plan.job.benchmark else []
+        return plan.job.output(
+            options.out or Path("samples") / "-".join(parts),
+            record,
+            is_free=options.out is None and not options.overwrite,
+            npz=options.npz,
+        )
 
     if processes.is_main:
         output = choose()
@@ -281,12 +285,57 @@ def _open_output(
     return output if processes.is_main else choose()
 
 
-def _grid_path(options: argparse.Namespace, output: PngFolder | NpzFile) -> Path:
+def _grid_path(options: argparse.Namespace, output: Output) -> Path:
     if isinstance(output, PngFolder):
         return output.path / GRID_FILE
-    if options.out:
+    if isinstance(output, NpzFile) and options.out:
         return options.out / GRID_FILE
     return output.path.with_name(f"{output.path.stem}-{GRID_FILE}")
+
+
+def _text_encoder(
+    plan: _Plan, options: argparse.Namespace, model: DeCoNetwork, processes: Processes
+) -> Qwen3TextEncoder | None:
+    """That of a text model; a class model has none."""
+    if not isinstance(model, DeCoT2I):
+        return None
+    return Qwen3TextEncoder(
+        _encoder_path(plan, options),
+        length=model.config.text_length,
+        size=model.config.text_size,
+        device=processes.device,
+    )
+
+
+def _encoder_path(plan: _Plan, options: argparse.Namespace) -> str:
+    return options.text_encoder or plan.card.text_encoder or QWEN3_1_7B
+
+
+def _describe_prompts(
+    job: Job, options: argparse.Namespace, encoder: Qwen3TextEncoder
+) -> list[str]:
+    """How many there are, and which are cut."""
+    assert job.prompts is not None
+    count = f"{len(job.prompts)}" if len(job.prompts) > 1 else repr(shorten(job.prompts[0]))
+    negative = repr(shorten(options.negative_prompt)) if options.negative_prompt else "nothing"
+    lines = [f"{count}, away from {negative}, encoded by {encoder.path}"]
+    if encoder.note:
+        lines.append(encoder.note)
+    for prompt in dict.fromkeys([*job.prompts, options.negative_prompt]):
+        if (tokens := encoder.count_tokens(prompt)) > encoder.length:
+            used = f"of {tokens:,} tokens the first {encoder.length} are used"
+            lines.append(f"cut: {used}: {shorten(prompt)!r}")
+    return lines
+
+
+def _recorded_conditions(plan: _Plan, options: argparse.Namespace) -> dict[str, Any]:
+    if plan.job.prompts is None:
+        return {"classes": options.classes}
+    return {
+        "prompts": plan.job.prompts,
+        "negative_prompt": options.negative_prompt,
+        "text_encoder": _encoder_path(plan, options),
+    }
 
 
 def _describe(settings: SamplingSettings) -> str:

@@ -38,6 +38,7 @@ def sample_parser() -> CommandParser:
     )
     _add_model_options(parser.add_argument_group("model"))
     _add_image_options(parser.add_argument_group("images"))
+    _add_text_options(parser.add_argument_group("text", "for text models, which draw from prompts"))
     _add_settings_options(
         parser.add_argument_group(
             "settings", "what is not given comes from the recipe, the preset or the checkpoint"
@@ -79,7 +80,9 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_image_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--num", type=whole_number(1), default=40, help="images (default: %(default)s)"
+        "--num",
+        type=whole_number(1),
+        help="images (default: 40); of text models 4 for each --prompt, 1 for each line of a file",
     )
     group.add_argument(
         "--classes",
@@ -96,8 +99,49 @@ def _add_image_options(group: argparse._ArgumentGroup) -> None:
             f"--{side}",
             type=whole_number(1),
             metavar="PIXELS",
-            help="divisible by the patch size (default: the checkpoint's)",
+            help="divisible by the patch size; of DeCo-T2I 128 … 1024, divisible by 32 (default: "
+            "the checkpoint's)",
         )
+
+
+def _add_text_options(group: argparse._ArgumentGroup) -> None:
+    source = group.add_mutually_exclusive_group()
+    source.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help='what to draw; given again for more, and image i is of the (i mod how many)th; "" is '
+        "unconditional",
+    )
+    source.add_argument(
+        "--prompts-file", type=Path, metavar="FILE", help="a prompt on each line, in UTF-8"
+    )
+    source.add_argument(
+        "--geneval",
+        type=Path,
+        metavar="FILE",
+        help="four images for each line of GenEval's evaluation_metadata.jsonl, in the folders "
+        "that its scorer reads; typed again, the command goes on",
+    )
+    source.add_argument(
+        "--dpg",
+        type=Path,
+        metavar="FOLDER",
+        help="a grid of 2×2 images for each file of DPG's prompts/, in the folder that its scorer "
+        "reads; typed again, the command goes on",
+    )
+    group.add_argument(
+        "--negative-prompt",
+        default="",
+        metavar="TEXT",
+        help="what guidance leads away from (default: nothing)",
+    )
+    group.add_argument(
+        "--text-encoder",
+        metavar="PATH",
+        help="a folder with Qwen3, or hf:owner/repository (default: the checkpoint's, which of the "
+        "published one is hf:Qwen/Qwen3-1.7B)",
+    )
 
 
 def _add_settings_options(group: argparse._ArgumentGroup) -> None:

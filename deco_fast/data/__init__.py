@@ -1,5 +1,6 @@
 """Training data: the datasets, their transforms, and the order in which samples are drawn."""
 
+from deco_fast.data.captions import CaptionedImages, FolderCaptions
 from deco_fast.data.digits import DigitsDataset
 from deco_fast.data.folder import FolderImages
 from deco_fast.data.images import ImageDataset
@@ -10,8 +11,10 @@ from deco_fast.data.shards import ShardImages
 
 __all__ = [
     "Batch",
+    "CaptionedImages",
     "DigitsDataset",
     "EpochBatches",
+    "FolderCaptions",
     "FolderImages",
     "ImageDataset",
     "PhotographCrops",

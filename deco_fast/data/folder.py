@@ -47,7 +47,7 @@ class FolderImages:
         counts = []
         bar = tqdm(self.classes, desc=f"listing {self.root}", unit="class", delay=2, leave=False)
         for name in bar:
-            of_class = sorted(_image_paths(self.root, name))
+            of_class = sorted(path for path, _ in walk_images(self.root, name))
             if not of_class:
                 raise UserError(
                     f"class folder {self.root / name} has no images: remove it, or put images "
@@ -94,15 +94,29 @@ def _class_names(root: Path) -> list[str]:
     return sorted(names)
 
 
-def _image_paths(root: Path, class_name: str) -> Iterator[bytes]:
-    """Paths relative to `root`, as bytes, in no particular order."""
+def walk_images(root: Path, subfolder: str = "", beside: str = "") -> Iterator[tuple[bytes, bool]]:
+    """Paths of images relative to `root`, as bytes, in no particular order.
+
+    Args:
+        root: the folder that paths are relative to.
+        subfolder: search below it alone.
+        beside: an ending, such as ".txt".
+
+    Yields:
+        (path, whether a file with the same stem and the other ending lies beside it).
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise UserError(f"image folder {error.filename} cannot be read: {error.strerror}")
 
-    for folder, subfolders, files in os.walk(root / class_name, onerror=refuse):
+    for folder, subfolders, files in os.walk(root / subfolder, onerror=refuse):
         subfolders[:] = [name for name in subfolders if name[0] != "."]
         relative = os.path.relpath(folder, root)
+        present = set(files)
         for name in files:
             if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != ".":
-                yield os.fsencode(os.path.join(relative, name))
+                path = os.path.normpath(os.path.join(relative, name))
+                yield os.fsencode(path), os.path.splitext(name)[0] + beside in present

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+from abc import abstractmethod
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 from torch import Tensor
@@ -12,11 +13,11 @@ from torch.utils.data import Dataset
 
 from deco_fast.data.damage import DamageRecord
 from deco_fast.data.names import Names, fingerprint
-from deco_fast.data.transforms import centre_crop, to_pixels, to_rgb
+from deco_fast.data.transforms import Crop, crop_to_size, to_pixels, to_rgb
 from deco_fast.errors import UserError
 
 # So many in a row are no stray damage but a lost disk or a wrong folder.
-_DAMAGED_IN_A_ROW = 100
+_UNUSABLE_IN_A_ROW = 100
 
 
 class ImageSource(Protocol):
@@ -50,8 +51,25 @@ class ImageSource(Protocol):
         ...
 
 
-class ImageDataset(Dataset[tuple[Tensor, int]]):
-    """The images of a source, centre-cropped (spec B.12), with their labels.
+class Shortfall(Exception):
+    """An image is whole but not what is wanted: it is passed over, and no damage."""
+
+
+class EncodedImages(Protocol):
+    """What `ImageSource` and `CaptionSource` have in common."""
+
+    description: str
+    names: Names
+    lost: tuple[str, ...]
+    lost_images: int
+
+    def read(self, index: int) -> bytes:
+        """The encoded image `index`."""
+        ...
+
+
+class DecodedImages(Dataset[tuple[Tensor, Any]]):
+    """The images of a source, decoded and cropped, each with its condition.
 
     An image that cannot be decoded is skipped: the next readable one stands in for it (after
     the last image, the first). Which one follows from the files alone, so that a resumed run,
@@ -69,11 +87,85 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             probability one half, and the seed of the order alone decides which one is drawn,
             whatever the number of workers. The published runs do without.
         max_damaged_share: of the images, 0 to 1; above it reading fails.
+        crop: how an image is brought to size.
 
     Raises:
         UserError: if too much of the source is lost already.
         ValueError: for a height or width under 1.
     """
+
+    def __init__(
+        self,
+        source: EncodedImages,
+        height: int,
+        width: int,
+        random_flip: bool,
+        max_damaged_share: float,
+        crop: Crop,
+    ) -> None:
+        if height < 1 or width < 1:
+            raise ValueError(f"image size is {height}x{width}: both sides must be at least 1")
+        self.source = source
+        self.height = height
+        self.width = width
+        self.random_flip = random_flip
+        self.crop: Crop = crop
+        self.damage = DamageRecord(source.names, max_damaged_share, source.lost, source.lost_images)
+
+    @abstractmethod
+    def _condition(self, image_index: int) -> Any:
+        """The label or caption of an image; any error makes it a damaged one."""
+
+    def _check(self, image: Image.Image) -> None:
+        """Raise `Shortfall` for an image, not yet decoded, that shall be passed over."""
+
+    def __len__(self) -> int:
+        return len(self.source.names) * (2 if self.random_flip else 1)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        """Sample `index`: (3, height, width) uint8, and its label or caption.
+
+        Raises:
+            IndexError: if `index` is outside 0 to `len - 1`.
+            UserError: if a hundred images in a row cannot be read, none at all can, or more
+                than `max_damaged_share` are damaged.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        mirrored, image_index = divmod(index, len(self.source.names))
+        image, condition = self._first_usable(image_index)
+        if mirrored:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return to_pixels(image), condition
+
+    def _first_usable(self, image_index: int) -> tuple[Image.Image, Any]:
+        count = len(self.source.names)
+        attempts = min(count, _UNUSABLE_IN_A_ROW)
+        reason = "cannot be read"
+        for attempt in range(attempts):
+            candidate = (image_index + attempt) % count
+            try:
+                return self._image(candidate), self._condition(candidate)
+            except Shortfall as shortfall:
+                reason = f"cannot be used ({shortfall})"
+            except Exception as error:  # a damaged file can make Pillow raise almost anything
+                self.damage.note(candidate, error)
+        raise UserError(
+            f"{attempts} image(s) in a row {reason}, the first is "
+            f"{self.source.names[image_index]}: check that the disk of {self.source.description} "
+            "is there and that its files are images of the size asked for"
+        )
+
+    def _image(self, image_index: int) -> Image.Image:
+        with Image.open(io.BytesIO(self.source.read(image_index))) as image:
+            self._check(image)
+            return crop_to_size(to_rgb(image), self.height, self.width, self.crop)
+
+
+class ImageDataset(DecodedImages):
+    """Images, centre-cropped (spec B.12), with their labels; see `DecodedImages`."""
+
+    source: ImageSource
 
     def __init__(
         self,
@@ -83,13 +175,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         random_flip: bool = False,
         max_damaged_share: float = 0.01,
     ) -> None:
-        if height < 1 or width < 1:
-            raise ValueError(f"image size is {height}x{width}: both sides must be at least 1")
-        self.source = source
-        self.height = height
-        self.width = width
-        self.random_flip = random_flip
-        self.damage = DamageRecord(source.names, max_damaged_share, source.lost, source.lost_images)
+        super().__init__(source, height, width, random_flip, max_damaged_share, "adm")
 
     @property
     def num_classes(self) -> int:
@@ -101,40 +187,5 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         """A hash of the images' names and labels in their order, which a resumed run relies on."""
         return fingerprint(self.source.names, self.source.labels)
 
-    def __len__(self) -> int:
-        return len(self.source.names) * (2 if self.random_flip else 1)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Sample `index`: (3, height, width) uint8, and its label.
-
-        Raises:
-            IndexError: if `index` is outside 0 to `len - 1`.
-            UserError: if a hundred images in a row cannot be read, none at all can, or more
-                than `max_damaged_share` are damaged.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        mirrored, image_index = divmod(index, len(self.source.names))
-        image, image_index = self._first_readable(image_index)
-        if mirrored:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return to_pixels(image), int(self.source.labels[image_index])
-
-    def _first_readable(self, image_index: int) -> tuple[Image.Image, int]:
-        count = len(self.source.names)
-        attempts = min(count, _DAMAGED_IN_A_ROW)
-        for attempt in range(attempts):
-            candidate = (image_index + attempt) % count
-            try:
-                return self._image(candidate), candidate
-            except Exception as error:  # a damaged file can make Pillow raise almost anything
-                self.damage.note(candidate, error)
-        raise UserError(
-            f"{attempts} image(s) in a row cannot be read, the first is "
-            f"{self.source.names[image_index]}: check that the disk of {self.source.description} "
-            "is there and that its files are images"
-        )
-
-    def _image(self, image_index: int) -> Image.Image:
-        with Image.open(io.BytesIO(self.source.read(image_index))) as image:
-            return centre_crop(to_rgb(image), self.height, self.width)
+    def _condition(self, image_index: int) -> int:
+        return int(self.source.labels[image_index])

@@ -7,11 +7,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,26 +31,21 @@ class Batch(NamedTuple):
 
     Attributes:
         images: (B, 3, H, W) float32 in [−1, 1].
-        labels: (B,) int64.
+        labels: (B,) int64, or the B captions.
         indices: (B,) int64 on the CPU, of the samples in the dataset.
     """
 
     images: Tensor
-    labels: Tensor
+    labels: Tensor | list[str]
     indices: Tensor
 
 
 class LabelledImages(Protocol):
-    """What is trained on: (3, H, W) pixels, uint8 or float32 in [−1, 1], and a label."""
+    """What is trained on: (3, H, W) pixels, uint8 or float32 in [−1, 1], and label or caption."""
 
     @property
     def damage(self) -> DamageRecord | None:
         """What could not be read; None where nothing is read from a disk."""
-        ...
-
-    @property
-    def num_classes(self) -> int:
-        """Labels are below it."""
         ...
 
     @property
@@ -60,7 +55,7 @@ class LabelledImages(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+    def __getitem__(self, index: int) -> tuple[Tensor, int | str]: ...
 
 
 def read_batches(
@@ -91,7 +86,7 @@ def read_batches(
         UserError: as the dataset, or a worker has died.
     """
     device = torch.device(device)
-    loader: DataLoader[tuple[Tensor, int, int]] = DataLoader(
+    loader: DataLoader[tuple[Tensor, int | str, int]] = DataLoader(
         _Indexed(dataset),
         batch_sampler=order,
         num_workers=workers,
@@ -112,12 +107,12 @@ def read_batches(
             images = images.to(device, non_blocking=True)
             yield Batch(
                 normalise(images) if images.dtype == torch.uint8 else images,
-                labels.to(device, non_blocking=True),
+                labels.to(device, non_blocking=True) if isinstance(labels, Tensor) else labels,
                 indices,
             )
 
 
-def _next(batches: Iterator[Sequence[Tensor]]) -> Sequence[Tensor] | str:
+def _next(batches: Iterator[list[Any]]) -> list[Any] | str:
     """The next batch, or why there is none.
 
     No error leaves, and its traceback is cut: it would keep the workers until the garbage
@@ -155,13 +150,13 @@ def _killed_at_exit(workers: Collection[BaseProcess]) -> Iterator[None]:
         atexit.unregister(kill)
 
 
-class _Indexed(Dataset[tuple[Tensor, int, int]]):
+class _Indexed(Dataset[tuple[Tensor, int | str, int]]):
     """A dataset whose samples say which they are."""
 
     def __init__(self, dataset: LabelledImages) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int | str, int]:
         image, label = self.dataset[index]
         return image, label, index
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+Crop = Literal["adm", "bilinear"]
+"""How an image is brought to size: as published for classes and pretraining, for fine-tuning."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -42,6 +47,28 @@ def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     left = (image.width - width) // 2
     top = (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def shorter_side_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The centre of the image scaled bilinearly, with antialiasing, until it just covers the size.
+
+    For squares what torchvision's Resize and CenterCrop give, with which the published
+    fine-tuning reads its images: the longer side is rounded down, an odd margin to even.
+    """
+    scale = max(width / image.width, height / image.height)
+    covering = (
+        max(width, int(image.width * scale + 1e-6)),
+        max(height, int(image.height * scale + 1e-6)),
+    )
+    image = image.resize(covering, resample=Image.Resampling.BILINEAR)
+    left = round((image.width - width) / 2)
+    top = round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def crop_to_size(image: Image.Image, height: int, width: int, crop: Crop) -> Image.Image:
+    """An image of that size, by `centre_crop` ("adm") or `shorter_side_crop` ("bilinear")."""
+    return (centre_crop if crop == "adm" else shorter_side_crop)(image, height, width)
 
 
 def to_pixels(image: Image.Image) -> Tensor:

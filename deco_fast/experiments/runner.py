@@ -37,6 +37,7 @@ from deco_fast.experiments.reference import (
 )
 from deco_fast.experiments.suite import DATASET, Evaluation, PlannedRun, Suite, SuiteFolder
 from deco_fast.experiments.table import RunResult, write_tables
+from deco_fast.models.config import class_config
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.run import draw, labels_for, weights_checksum
 from deco_fast.training.distributed import Processes
@@ -166,7 +167,7 @@ def _evaluate(
     }
     values = processes.from_main(_read_values(path, source) if processes.is_main else None)
     if values is None:
-        labels = labels_for(evaluation.num, model.config.num_classes)
+        labels = labels_for(evaluation.num, class_config(model.config, checkpoint).num_classes)
         numbers = processes.share(evaluation.num)
         collector = Collector(evaluation.num, numbers, processes, needs_rows(evaluation.metrics))
         engine = SamplingEngine(model, model.card.sampling, batch_size=evaluation.batch_size)

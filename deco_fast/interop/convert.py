@@ -17,7 +17,7 @@ from deco_fast.checkpoint.source import MissingWeightsError, Source
 from deco_fast.errors import UserError
 from deco_fast.interop import published
 from deco_fast.interop.progress import written_bytes_bar
-from deco_fast.models.config import DeCoConfig
+from deco_fast.models.config import DeCoConfig, DeCoT2IConfig, NetworkConfig
 
 _LIGHTNING_VERSION = "2.5.0"
 """Lightning refuses a file that does not name the version it was written with."""
@@ -131,16 +131,28 @@ def _notes(source: str | Path, destination: Path, networks: list[Source]) -> lis
     return notes
 
 
-def _published_arguments(config: DeCoConfig) -> str:
+def _published_arguments(config: NetworkConfig) -> str:
     """The constructor arguments of the published network, in the order of its configurations."""
     arguments = {
         "in_channels": config.in_channels,
         "patch_size": config.patch_size,
         "num_groups": config.num_heads,
         "hidden_size": config.hidden_size,
-        "hidden_size_x": config.decoder_hidden_size,
-        "num_blocks": config.depth + config.decoder_depth,
-        "num_cond_blocks": config.depth,
-        "num_classes": config.num_classes,
     }
+    if isinstance(config, DeCoConfig):
+        arguments |= {
+            "hidden_size_x": config.decoder_hidden_size,
+            "num_blocks": config.depth + config.decoder_depth,
+            "num_cond_blocks": config.depth,
+            "num_classes": config.num_classes,
+        }
+    if isinstance(config, DeCoT2IConfig):
+        arguments |= {
+            "txt_embed_dim": config.text_size,
+            "txt_max_length": config.text_length,
+            "num_text_blocks": config.text_depth,
+            "decoder_hidden_size": config.decoder_hidden_size,
+            "num_encoder_blocks": config.depth,
+            "num_decoder_blocks": config.decoder_depth,
+        }
     return json.dumps(arguments).replace('"', "").strip("{}")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from math import isqrt
 
-from deco_fast.models.config import DeCoConfig
+from deco_fast.models.config import DeCoConfig, DeCoT2IConfig, NetworkConfig
 
 PREFIXES = {"model": "denoiser.", "ema": "ema_denoiser."}
 """Where a published file keeps the raw and the averaged weights."""
@@ -23,6 +23,12 @@ _LAYERS = (
     ("patch_embedder", "s_embedder.proj"),
     ("timestep_embedder.mlp.#", "t_embedder.mlp.#"),
     ("class_embedder", "y_embedder.embedding_table"),
+    ("text_embedder.*", "y_embedder.*"),
+    ("text_blocks.#.norm1", "text_refine_blocks.#.norm1"),
+    ("text_blocks.#.norm2", "text_refine_blocks.#.norm2"),
+    ("text_blocks.#.attention.*", "text_refine_blocks.#.attn.*"),
+    ("text_blocks.#.mlp.*", "text_refine_blocks.#.mlp.*"),
+    ("text_blocks.#.modulation", "text_refine_blocks.#.adaLN_modulation.0"),
     ("blocks.#.norm1", "blocks.#.norm1"),
     ("blocks.#.norm2", "blocks.#.norm2"),
     ("blocks.#.attention.*", "blocks.#.attn.*"),
@@ -50,8 +56,15 @@ def _rule(source: str, target: str) -> _Rule:
     return re.compile(pattern + r"\.(weight|bias)"), rf"{replacement}.\g<{leaf_group}>"
 
 
-_TO_PUBLISHED = [_rule(ours, theirs) for ours, theirs in _LAYERS]
-_FROM_PUBLISHED = [_rule(theirs, ours) for ours, theirs in _LAYERS]
+# The last is the one parameter that is no weight or bias of a layer.
+_TO_PUBLISHED = [
+    *(_rule(ours, theirs) for ours, theirs in _LAYERS),
+    (re.compile("text_position"), "y_pos_embedding"),
+]
+_FROM_PUBLISHED = [
+    *(_rule(theirs, ours) for ours, theirs in _LAYERS),
+    (re.compile("y_pos_embedding"), "text_position"),
+]
 
 
 def _translate(name: str, rules: Iterable[_Rule]) -> str | None:
@@ -82,8 +95,6 @@ def to_published(name: str) -> str:
 def other_network(names: Iterable[str]) -> str | None:
     """Which other published network these tensors (names without prefix) are of, if any."""
     names = list(names)
-    if any(name.startswith(("y_pos_embedding", "text_refine_blocks.")) for name in names):
-        return "a text-to-image model"
     if any(".param_generator1." in name for name in names):
         return "a PixNerd model"
     if "x_embedder.proj.weight" in names:
@@ -91,22 +102,32 @@ def other_network(names: Iterable[str]) -> str | None:
     return None
 
 
-_ARCHITECTURE_TENSORS = (
-    "patch_embedder.weight",
-    "class_embedder.weight",
-    "blocks.0.attention.q_norm.weight",
-    "decoder.blocks.0.norm.weight",
-    "decoder.output.weight",
-)
+# Of which number of dimensions each must be.
+_ARCHITECTURE_TENSORS = {
+    "patch_embedder.weight": 2,
+    "blocks.0.attention.q_norm.weight": 1,
+    "decoder.blocks.0.norm.weight": 1,
+    "decoder.output.weight": 2,
+}
+_CLASS_TENSORS = _ARCHITECTURE_TENSORS | {"class_embedder.weight": 2}
+_TEXT_TENSORS = _ARCHITECTURE_TENSORS | {
+    "text_embedder.proj.weight": 2,
+    "text_position": 3,
+    "text_blocks.0.norm1.weight": 1,
+}
+
+
+def _architecture_tensors(names: Iterable[str]) -> dict[str, int]:
+    return _TEXT_TENSORS if any(name.startswith("text_") for name in names) else _CLASS_TENSORS
 
 
 def missing_for_inference(names: Iterable[str]) -> list[str]:
     """The tensors (our names) without which `infer_config` cannot work."""
     present = set(names)
-    return [name for name in _ARCHITECTURE_TENSORS if name not in present]
+    return [name for name in _architecture_tensors(present) if name not in present]
 
 
-def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> DeCoConfig:
+def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> NetworkConfig:
     """The architecture that tensors of these shapes (our names) belong to.
 
     Only `class_embedding_std`, which matters at initialisation alone, cannot be seen.
@@ -114,8 +135,8 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> DeCoConfig:
     Raises:
         ValueError: no DeCo network has such tensors.
     """
-    for name in _ARCHITECTURE_TENSORS:
-        dimensions = 1 if "norm" in name else 2
+    tensors = _architecture_tensors(shapes)
+    for name, dimensions in tensors.items():
         if len(shapes[name]) != dimensions or 0 in shapes[name]:
             raise ValueError(f"{name} has the shape {shapes[name]}, which no DeCo network has")
     hidden_size, patch_channels = shapes["patch_embedder.weight"]
@@ -128,15 +149,22 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> DeCoConfig:
         )
     if hidden_size % head_dim:
         raise ValueError(f"heads of {head_dim} channels do not divide a width of {hidden_size}")
-    return DeCoConfig(
-        hidden_size=hidden_size,
-        depth=_count(shapes, "blocks."),
-        num_heads=hidden_size // head_dim,
-        patch_size=patch_size,
-        decoder_hidden_size=decoder_hidden_size,
-        decoder_depth=_count(shapes, "decoder.blocks."),
-        num_classes=shapes["class_embedder.weight"][0] - 1,
-        in_channels=in_channels,
+    common: dict[str, int] = {
+        "hidden_size": hidden_size,
+        "depth": _count(shapes, "blocks."),
+        "num_heads": hidden_size // head_dim,
+        "patch_size": patch_size,
+        "decoder_hidden_size": decoder_hidden_size,
+        "decoder_depth": _count(shapes, "decoder.blocks."),
+        "in_channels": in_channels,
+    }
+    if tensors is _CLASS_TENSORS:
+        return DeCoConfig(**common, num_classes=shapes["class_embedder.weight"][0] - 1)
+    return DeCoT2IConfig(
+        **common,
+        text_depth=_count(shapes, "text_blocks."),
+        text_size=shapes["text_embedder.proj.weight"][1],
+        text_length=shapes["text_position"][1],
     )
 
 

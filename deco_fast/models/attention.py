@@ -1,4 +1,4 @@
-"""Self-attention of the DiT: QK-norm, rotary embedding, and one function for the product."""
+"""Attention of the DiT: QK-norm, rotary embedding, and one function for the product."""
 
 from __future__ import annotations
 
@@ -74,9 +74,40 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(hidden_size // num_heads)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
-        """x (B, L, D) and the rotary table (L, head_dim/2, 2) to (B, L, D)."""
-        q, k, v = ops.qk_norm_rope(
-            self.qkv(x), self.q_norm.weight, self.k_norm.weight, rotary, self.q_norm.eps
-        )
+    def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
+        """x (B, L, D) to (B, L, D); text comes without a rotary table (L, head_dim/2, 2)."""
+        if rotary is None:
+            q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.num_heads)
+            q, k = self.q_norm(q), self.k_norm(k)
+        else:
+            q, k, v = ops.qk_norm_rope(
+                self.qkv(x), self.q_norm.weight, self.k_norm.weight, rotary, self.q_norm.eps
+            )
         return self.proj(rearrange(attention(q, k, v), "b h l d -> b l (h d)"))
+
+
+class JointAttention(nn.Module):
+    """Image tokens attend to image and text; k_norm is that of both, rotation the image's (B.3)."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv_x = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.kv_y = nn.Linear(hidden_size, 2 * hidden_size, bias=False)
+        self.q_norm = RMSNorm(hidden_size // num_heads)
+        self.k_norm = RMSNorm(hidden_size // num_heads)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def text_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised keys, and values, of text (B, T, D): each (B, heads, T, head_dim)."""
+        k, v = rearrange(self.kv_y(text), "b t (n h d) -> n b h t d", n=2, h=self.num_heads)
+        return self.k_norm(k), v
+
+    def forward(self, x: Tensor, text: Tensor, rotary: Tensor) -> Tensor:
+        """x (B, L, D), text (B, T, D) and the rotary table (L, head_dim/2, 2) to (B, L, D)."""
+        q, k, v = ops.qk_norm_rope(
+            self.qkv_x(x), self.q_norm.weight, self.k_norm.weight, rotary, self.q_norm.eps
+        )
+        text_k, text_v = self.text_keys_values(text)
+        out = attention(q, torch.cat([k, text_k], dim=2), torch.cat([v, text_v], dim=2))
+        return self.proj(rearrange(out, "b h l d -> b l (h d)"))

@@ -33,6 +33,7 @@ class ModelCard:
         height, width: the image size that the model was trained at, in pixels.
         prediction: what the network predicts; "velocity" for DeCo.
         sampling: the settings its makers recommend.
+        text_encoder: of a text model, what its prompts are encoded with: a folder, or hf:….
         step: optimizer steps behind the weights, where known.
         assumed: sentences on what no file said and a default filled in.
     """
@@ -42,6 +43,7 @@ class ModelCard:
     width: int = 256
     prediction: str = "velocity"
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    text_encoder: str | None = None
     step: int | None = None
     assumed: tuple[str, ...] = ()
 

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from deco_fast import ops
 from deco_fast.kernels.pixel_decoder.reference import (
     NORM_EPS,
-    NUM_FREQUENCIES,
+    POSITION_FEATURES,
     BlockParameters,
     PixelDecoderParameters,
+    PositionKind,
 )
-from deco_fast.models.config import DeCoConfig
+from deco_fast.models.config import NetworkConfig
 
 
 def _xavier_linear(in_features: int, out_features: int) -> nn.Linear:
@@ -58,11 +59,12 @@ class DecoderBlock(nn.Module):
 class PixelDecoder(nn.Module):
     """From the noisy image and the DiT's tokens to the velocity; `ops.pixel_decoder` (B.5)."""
 
-    def __init__(self, config: DeCoConfig) -> None:
+    def __init__(self, config: NetworkConfig, position: PositionKind = "product") -> None:
         super().__init__()
         channels = config.decoder_hidden_size
+        self.position: PositionKind = position
         self.patch_size = config.patch_size
-        self.pixel_embedder = nn.Linear(config.in_channels + NUM_FREQUENCIES**2, channels)
+        self.pixel_embedder = nn.Linear(config.in_channels + POSITION_FEATURES, channels)
         self.input_proj = _xavier_linear(channels, channels)
         self.upsample = _xavier_linear(config.hidden_size, config.patch_size**2 * channels)
         self.blocks = nn.ModuleList(DecoderBlock(channels) for _ in range(config.decoder_depth))
@@ -84,4 +86,4 @@ class PixelDecoder(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """x (B, C, H, W), tokens (B, L, D) to the velocity (B, C, H, W)."""
-        return ops.pixel_decoder(x, tokens, self.op_parameters(), self.patch_size)
+        return ops.pixel_decoder(x, tokens, self.op_parameters(), self.patch_size, self.position)

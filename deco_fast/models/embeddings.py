@@ -43,16 +43,22 @@ class TimestepEmbedder(nn.Module):
 
 
 def rotary_table(
-    height: int, width: int, head_dim: int, device: torch.device | None = None
+    height: int,
+    width: int,
+    head_dim: int,
+    device: torch.device | None = None,
+    extent: tuple[float, float] = (16, 16),
 ) -> Tensor:
     """(cos, sin) of the rotation of every channel pair, (height·width, head_dim/2, 2), float32.
 
-    Even pairs turn with the column, odd pairs with the row; positions run from 0 to 16
-    whatever the number of tokens, so the model sees one and the same image at every
-    resolution (B.4). A single row or column has position 0.
+    Even pairs turn with the column, odd pairs with the row. Positions run from 0 to `extent` (of
+    rows, of columns): the class model's to 16 whatever the number of tokens, so it sees one and
+    the same image at every resolution (B.4). A single row or column has position 0.
     """
-    x = torch.linspace(0, 16, width, device=device)
-    y = torch.linspace(0, 16, height, device=device)
+    y, x = (
+        torch.linspace(0, end, count, device=device)
+        for end, count in zip(extent, (height, width), strict=True)
+    )
     exponent = torch.arange(0, head_dim, 4, device=device)[: head_dim // 4] / head_dim
     frequency = 10000.0**-exponent
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")

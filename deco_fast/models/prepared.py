@@ -1,16 +1,18 @@
 """The DiT's blocks prepared for inference: the same function, other layouts of the weights.
 
-What depends on time and class alone, the AdaLN modulation, comes from outside, for it can be
-computed before the sampling loop (`deco_fast.sampling.modulation`). What is left of a block:
+What depends on time and condition alone, the AdaLN modulation and the keys and values of a text,
+comes from outside, for it can be computed before the sampling loop
+(`deco_fast.sampling.condition_table`). What is left of a block:
 
 - The weights of RMSNorm are part of the modulation's scale.
-- w1 and w3 of SwiGLU are one product.
+- The gate and the value of SwiGLU are one product.
 - The channels of a head are reordered, [0, 2, 4, …, 1, 3, 5, …], in q and k alike, which leaves
   q·k as it is: the pairs that rotary embedding turns are then the halves of a head, and vectors
   need no shuffling. Where a fused kernel turns them (`ops.qk_norm_rope`), they stay where they are.
 - On a CPU the weights are packed (`deco_fast.kernels.packed_linear`).
 
-Nothing here is saved: a prepared block is derived from a `DiTBlock` and forgotten.
+Nothing here is saved: a prepared block is derived from a `DiTBlock` or a `JointBlock` and
+forgotten.
 """
 
 from __future__ import annotations
@@ -25,10 +27,9 @@ from torch import Tensor, nn
 from deco_fast import ops
 from deco_fast.kernels.packed_linear.cpu import can_pack, interleave, pack, packed_linear
 from deco_fast.kernels.registry import is_allowed
-from deco_fast.kernels.swiglu.joined import fill, join
-from deco_fast.models.attention import attention
-from deco_fast.models.dit import DiTBlock, SwiGLU
-from deco_fast.models.embeddings import rotary_table
+from deco_fast.kernels.swiglu.joined import MULTIPLE, fill, join
+from deco_fast.models.attention import JointAttention, attention
+from deco_fast.models.dit import DiTBlock, FusedSwiGLU, JointBlock, ModulatedBlock, SwiGLU
 
 # Narrower layers are bound by the cost of a call, which is less for torch's own.
 _PACK_FROM_WIDTH = 512
@@ -79,46 +80,53 @@ class PackedLinear(nn.Module):
 
 
 class PackedSwiGLU(nn.Module):
-    """w2(silu(w1 x) · w3 x) with packed weights, activated before it reaches memory."""
+    """down(silu(gate x) · value x) with packed weights, activated before it reaches memory."""
 
-    def __init__(self, mlp: SwiGLU, layout: WeightLayout) -> None:
+    def __init__(self, mlp: SwiGLU | FusedSwiGLU, layout: WeightLayout) -> None:
         super().__init__()
-        weight = interleave(mlp.w1.weight, mlp.w3.weight)
+        gate, value, down = mlp.gate_value_down()
+        weight = interleave(gate, value)
         self.inner_size = len(weight) // 2
-        self.w1_w3 = nn.Buffer(pack(weight, three_products=layout.three_products))
-        rest = self.inner_size - mlp.w2.in_features
-        self.w2 = PackedLinear(F.pad(mlp.w2.weight, (0, rest)), None, layout)
+        self.gate_value = nn.Buffer(pack(weight, three_products=layout.three_products))
+        rest = self.inner_size - down.shape[1]
+        self.down = PackedLinear(F.pad(down, (0, rest)), None, layout)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, D) to (…, D)."""
-        return self.w2(packed_linear(x, self.w1_w3, None, 2 * self.inner_size, swiglu=True))
+        return self.down(packed_linear(x, self.gate_value, None, 2 * self.inner_size, swiglu=True))
 
 
 class MergedSwiGLU(nn.Module):
-    """w2(silu(w1 x) · w3 x) with w1 and w3 in one product, of a width that GPUs like."""
+    """down(silu(gate x) · value x) with gate and value in one product, as wide as GPUs like."""
 
-    def __init__(self, mlp: SwiGLU) -> None:
+    def __init__(self, mlp: SwiGLU | FusedSwiGLU) -> None:
         super().__init__()
-        self.w1_w3 = _linear(join(mlp.w1.weight, mlp.w3.weight), None)
-        self.w2 = _linear(fill(mlp.w2.weight), None)
+        gate, value, down = mlp.gate_value_down()
+        if isinstance(mlp, FusedSwiGLU) and len(gate) % MULTIPLE == 0:
+            merged: Tensor = mlp.w12.weight  # as it is, and so no second copy
+        else:
+            merged = join(gate, value)
+        self.gate_value = _linear(merged, None)
+        self.down = _linear(fill(down), None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, D) to (…, D)."""
-        gate, value = self.w1_w3(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * value)
+        gate, value = self.gate_value(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
 
 
 class PreparedBlock(nn.Module):
-    """A DiT block whose modulation is given; see the module's docstring."""
+    """A DiT block whose modulation and text are given; see the module's docstring."""
 
-    def __init__(self, block: DiTBlock, layout: WeightLayout) -> None:
+    def __init__(self, block: DiTBlock | JointBlock, layout: WeightLayout) -> None:
         super().__init__()
         attention = block.attention
         self.num_heads = attention.num_heads
         self.eps = block.norm1.eps
         self.halves = layout.halves
+        stock = attention.qkv_x if isinstance(attention, JointAttention) else attention.qkv
         qkv, q_norm, k_norm = (
-            layer.weight for layer in (attention.qkv, attention.q_norm, attention.k_norm)
+            layer.weight for layer in (stock, attention.q_norm, attention.k_norm)
         )
         if layout.halves:
             qkv = _halve_pairs_of_qk(qkv, self.num_heads)
@@ -134,41 +142,69 @@ class PreparedBlock(nn.Module):
             self.proj = _linear(attention.proj.weight, attention.proj.bias)
             self.mlp = MergedSwiGLU(block.mlp)
 
-    def forward(self, x: Tensor, modulation: Tensor, rotary: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        modulation: Tensor,
+        texts: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """The block.
 
         Args:
             x: tokens (B, L, D).
-            modulation: (B, 6, D): shift, scale and gate of attention, then of the MLP, the scales
-                as `fold_norms` makes them.
             rotary: from `prepared_rotary_table`.
+            modulation: (B, 6, D), or (1, 6, D) for all: shift, scale and gate of attention, then of
+                the MLP, the scales as `fold_norms` makes them.
+            texts: keys and values of distinct texts, (P, 2, heads, T, head_dim), as
+                `prepared_text_keys_values` makes them; None for a block that attends to no text.
+            rows: (B,), which of the texts is that of an image.
 
         Returns:
             (B, L, D).
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, :, None].unbind(1)
-        x = x + gate1 * self._attend(_norm_modulate(x, shift1, scale1, self.eps), rotary)
+        z = _norm_modulate(x, shift1, scale1, self.eps)
+        x = x + gate1 * self._attend(z, rotary, texts, rows)
         return x + gate2 * self.mlp(_norm_modulate(x, shift2, scale2, self.eps))
 
-    def _attend(self, x: Tensor, rotary: Tensor) -> Tensor:
+    def _attend(
+        self, x: Tensor, rotary: Tensor, texts: Tensor | None, rows: Tensor | None
+    ) -> Tensor:
         if self.halves:
             q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.num_heads)
             q = _norm_rotate(q, self.q_norm, rotary, self.eps)
             k = _norm_rotate(k, self.k_norm, rotary, self.eps)
         else:
             q, k, v = ops.qk_norm_rope(self.qkv(x), self.q_norm, self.k_norm, rotary, self.eps)
+        if texts is not None:
+            assert rows is not None
+            text_k, text_v = texts.index_select(0, rows).unbind(1)
+            k, v = torch.cat([k, text_k], dim=2), torch.cat([v, text_v], dim=2)
         return self.proj(rearrange(attention(q, k, v), "b h l d -> b l (h d)"))
 
 
-def prepared_rotary_table(
-    height: int, width: int, head_dim: int, device: torch.device, layout: WeightLayout
-) -> Tensor:
-    """`rotary_table` as blocks of this layout take it: with halves, (2, tokens, head_dim/2)."""
-    table = rotary_table(height, width, head_dim, device)
-    return table.permute(2, 0, 1).contiguous() if layout.halves else table
+def prepared_rotary_table(rotary: Tensor, layout: WeightLayout) -> Tensor:
+    """A rotary table (L, head_dim/2, 2) as blocks of this layout take it.
+
+    With halves (2, L, head_dim/2), else as it is.
+    """
+    return rotary.permute(2, 0, 1).contiguous() if layout.halves else rotary
 
 
-def fold_norms(modulation: Tensor, block: DiTBlock) -> Tensor:
+def prepared_text_keys_values(text: Tensor, block: JointBlock, layout: WeightLayout) -> Tensor:
+    """Refined text (P, T, D) as the prepared form of a block takes it, (P, 2, heads, T, head_dim).
+
+    The keys are normalised, their channels reordered where those of the image's are.
+    """
+    k, v = block.attention.text_keys_values(text)
+    if layout.halves:
+        k = rearrange(k, "... (d pair) -> ... (pair d)", pair=2)
+    return torch.stack([k, v], dim=1)
+
+
+def fold_norms(modulation: Tensor, block: ModulatedBlock) -> Tensor:
     """What a block's modulation layer says (…, 6·D) as its prepared form takes it, (…, 6, D).
 
     norm(x)·w·(1 + scale) + shift becomes norm(x)·scale' + shift; float32 inside.

@@ -6,18 +6,19 @@ from typing import NamedTuple
 
 from deco_fast.errors import UserError, nearest
 from deco_fast.models.card import ModelCard, SamplingSettings
-from deco_fast.models.config import DeCoConfig
+from deco_fast.models.config import DeCoConfig, DeCoT2IConfig, NetworkConfig
 
 
 class Preset(NamedTuple):
     """A network's shape and the settings published for it (specification B.14)."""
 
-    config: DeCoConfig
+    config: NetworkConfig
     card: ModelCard
 
 
 _XL = DeCoConfig(hidden_size=1152, depth=28, num_heads=16)
 _L = DeCoConfig(hidden_size=1024, depth=22, num_heads=16)
+_T2I = DeCoT2IConfig(hidden_size=1536, depth=16, num_heads=24)
 # The class embedding begins at 0.3: with the published 0.02 ten classes are not told apart
 # within the few thousand steps that a laptop has time for.
 _DIGITS = DeCoConfig(
@@ -55,6 +56,19 @@ PRESETS: dict[str, Preset] = {
             height=32,
             width=32,
             sampling=SamplingSettings(guidance_scale=2.0),
+        ),
+    ),
+    # As published for the model after its last stage, sft_res512.
+    "deco-t2i": Preset(
+        _T2I,
+        ModelCard(
+            name="deco-t2i",
+            height=512,
+            width=512,
+            sampling=SamplingSettings(
+                solver="adams", order=2, steps=25, guidance_scale=4.0, time_shift=3.0
+            ),
+            text_encoder="hf:Qwen/Qwen3-1.7B",
         ),
     ),
 }

@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deco_fast.errors import UserError
-from deco_fast.models.deco import DeCo
+from deco_fast.models.network import DeCoNetwork
+from deco_fast.sampling.condition_table import Condition
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import to_uint8
 from deco_fast.sampling.noise import noise_for
@@ -44,10 +45,11 @@ def share(num: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list
 
 def draw(
     engine: SamplingEngine,
-    labels: Sequence[int],
+    conditions: Sequence[Condition],
     indices: Sequence[int] | None = None,
     *,
     seed: int = 0,
+    uncondition: Condition | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Draw images batch by batch.
@@ -58,9 +60,10 @@ def draw(
 
     Args:
         engine: model, size, settings and batch size.
-        labels: the class of each image.
+        conditions: the class of each image, or its prompt.
         indices: the number of each image; by default 0, 1, …
         seed: 0 … 2⁶⁴ − 1.
+        uncondition: in place of the null class or the empty prompt, a negative prompt.
         progress: show a bar with images/s and remaining time.
 
     Yields:
@@ -70,9 +73,9 @@ def draw(
         ValueError: an argument is out of range.
         UserError: an image is not finite.
     """
-    indices = range(len(labels)) if indices is None else indices
-    if len(indices) != len(labels):
-        raise ValueError(f"{len(labels)} labels for {len(indices)} images")
+    indices = range(len(conditions)) if indices is None else indices
+    if len(indices) != len(conditions):
+        raise ValueError(f"{len(conditions)} conditions for {len(indices)} images")
     bar = tqdm(
         total=len(indices),
         desc="sampling",
@@ -83,7 +86,7 @@ def draw(
         dynamic_ncols=True,
     )
     with bar:
-        ordered = _ordered(engine, labels, indices, seed, bar)
+        ordered = _ordered(engine, conditions, indices, seed, uncondition, bar)
         # Orders to a GPU return at once: with one batch ahead it never waits for the host.
         for batch, images, finite in _one_behind(ordered) if engine.is_ahead else ordered:
             _check_finite(finite.cpu(), batch, engine.model.dtype)
@@ -91,7 +94,12 @@ def draw(
 
 
 def _ordered(
-    engine: SamplingEngine, labels: Sequence[int], indices: Sequence[int], seed: int, bar: tqdm
+    engine: SamplingEngine,
+    conditions: Sequence[Condition],
+    indices: Sequence[int],
+    seed: int,
+    uncondition: Condition | None,
+    bar: tqdm,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Indices, images and whether each is finite, of batches that may still be computed."""
     for start in range(0, len(indices), engine.batch_size):
@@ -103,7 +111,7 @@ def _ordered(
             # The fractions of a batch may add up to a little more than it.
             bar.update(min(share, end - bar.n))
 
-        images = engine(noise, labels[start:end], advance)
+        images = engine(noise, conditions[start:end], advance, uncondition=uncondition)
         bar.update(end - bar.n)
         yield batch, to_uint8(images), images.isfinite().flatten(1).all(dim=1)
 
@@ -117,7 +125,7 @@ def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
     yield from held
 
 
-def weights_checksum(model: DeCo) -> str:
+def weights_checksum(model: DeCoNetwork) -> str:
     """Sixteen hexadecimal digits that tell two sets of weights apart, the same on any device.
 
     A sum over the bits of each tensor: exact in any order, and a moment's work for any size.

@@ -43,13 +43,20 @@ class PngFolder:
     Args:
         folder: that will hold them.
         settings: what they are drawn with.
-        labels: the class of each image.
+        labels: the class of each image, or the number of its prompt.
+        kind: of the labels, "class" or "prompt".
     """
 
-    def __init__(self, folder: Path, settings: Settings, labels: Sequence[int]) -> None:
+    finished = False
+    """It is never known to be: all images are drawn again."""
+
+    def __init__(
+        self, folder: Path, settings: Settings, labels: Sequence[int], kind: str = "class"
+    ) -> None:
         self.path = folder
         self.settings = settings
         self.labels = labels
+        self.kind = kind
 
     def open(self, overwrite: bool = False) -> None:
         """Make the folder; with `overwrite`, delete the images of other settings that it holds.
@@ -61,12 +68,12 @@ class PngFolder:
         difference = self.difference()
         if difference and not overwrite:
             raise UserError(f"{self.path} {difference}: choose another --out, or --overwrite them")
-        with _writing(self.path):
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if difference:
                 for file in self._images():
                     file.unlink()
-        _write_settings(self.path / SETTINGS_FILE, self.settings)
+        write_settings(self.path / SETTINGS_FILE, self.settings)
 
     def difference(self) -> str:
         """What in the folder is in the way, as the end of a sentence; empty if nothing is."""
@@ -74,11 +81,11 @@ class PngFolder:
             return ""
         if (self.path / SETTINGS_FILE).exists():
             try:
-                before = _read_settings(self.path / SETTINGS_FILE)
+                before = read_settings(self.path / SETTINGS_FILE)
             except UserError:
                 return f"holds a {SETTINGS_FILE} that is not ours"
-            changes = _changes(before, self.settings)
-            return f"holds images of other settings ({changes})" if changes else ""
+            difference = changes(before, self.settings)
+            return f"holds images of other settings ({difference})" if difference else ""
         foreign = [file.name for file in self._images()]
         return f"holds {min(foreign)} without {SETTINGS_FILE}" if foreign else ""
 
@@ -93,13 +100,9 @@ class PngFolder:
             UserError: the disk is full or the folder is gone.
         """
 
-        def save(index: int, image: np.ndarray) -> None:
-            with atomic_file(self._file(index)) as temporary:
-                Image.fromarray(image).save(temporary, format="png")
-
         # PNG's compression takes longer than a GPU takes to draw; it runs outside of Python's lock.
         with ThreadPoolExecutor() as pool:
-            list(pool.map(save, indices, images.numpy()))
+            list(pool.map(save_png, map(self._file, indices), images.numpy()))
 
     def first(self, count: int) -> Tensor:
         """The first images, uint8 (count, H, W, 3)."""
@@ -110,20 +113,22 @@ class PngFolder:
         """Nothing is left to do: every file is whole."""
 
     def _file(self, index: int) -> Path:
-        return self.path / f"{index:06d}-class{self.labels[index]}.png"
+        return self.path / f"{index:06d}-{self.kind}{self.labels[index]}.png"
 
     def _images(self) -> Iterator[Path]:
         for file in self.path.iterdir():
-            if file.name == GRID_FILE or re.fullmatch(r"\d{6,}-class\d+\.png", file.name):
+            if file.name == GRID_FILE or re.fullmatch(r"\d{6,}-(class|prompt)\d+\.png", file.name):
                 yield file
 
 
-def free_folder(base: Path, settings: Settings, labels: Sequence[int]) -> PngFolder:
+def free_folder(
+    base: Path, settings: Settings, labels: Sequence[int], kind: str = "class"
+) -> PngFolder:
     """`base`, or `base-2` and so on where images of other settings are in the way."""
-    folder = PngFolder(base, settings, labels)
+    folder = PngFolder(base, settings, labels, kind)
     number = 2
     while folder.difference():
-        folder = PngFolder(base.with_name(f"{base.name}-{number}"), settings, labels)
+        folder = PngFolder(base.with_name(f"{base.name}-{number}"), settings, labels, kind)
         number += 1
     return folder
 
@@ -138,7 +143,7 @@ class NpzFile:
     Args:
         path: FILE.
         settings: what the images are drawn with.
-        labels: the class of each image.
+        labels: the class of each image, or the number of its prompt.
     """
 
     def __init__(self, path: Path, settings: Settings, labels: Sequence[int]) -> None:
@@ -160,25 +165,24 @@ class NpzFile:
         """
         if self.finished:
             if overwrite:
-                with _writing(self.path):
+                with writing(self.path):
                     self.path.unlink()
             else:
-                self._refuse_other(_read_settings(self.path), self.path)
+                self._refuse_other(read_settings(self.path), self.path)
                 return
         stored = self.partial / SETTINGS_FILE
         if self.partial.is_dir() and any(self.partial.iterdir()):
             if not overwrite:
-                self._refuse_other(_read_settings(stored), self.partial)
-            elif not stored.exists() or _changes(_read_settings(stored), self.settings):
-                with _writing(self.partial):
+                self._refuse_other(read_settings(stored), self.partial)
+            elif not stored.exists() or changes(read_settings(stored), self.settings):
+                with writing(self.partial):
                     shutil.rmtree(self.partial)
-        _write_settings(stored, self.settings)
+        write_settings(stored, self.settings)
 
     def _refuse_other(self, before: Settings, place: Path) -> None:
-        changes = _changes(before, self.settings)
-        if changes:
+        if difference := changes(before, self.settings):
             raise UserError(
-                f"{place} holds images of other settings ({changes}): "
+                f"{place} holds images of other settings ({difference}): "
                 "choose another --npz, or --overwrite it"
             )
 
@@ -242,7 +246,7 @@ class NpzFile:
                 np.lib.format.write_array(member, np.asarray(self.labels, dtype=np.int64))
             with _member(archive, SETTINGS_FILE) as member:
                 member.write(json.dumps(self.settings).encode())
-        with _writing(self.path):
+        with writing(self.path):
             whole.replace(self.path)
         shutil.rmtree(self.partial, ignore_errors=True)
 
@@ -265,6 +269,16 @@ def check_writable(path: Path, option: str) -> None:
         raise UserError(f"{option} {path}: {existing} cannot be written: choose another folder")
 
 
+def save_png(path: Path, image: np.ndarray) -> None:
+    """Write an image, uint8 (H, W, 3).
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    with atomic_file(path) as temporary:
+        Image.fromarray(image).save(temporary, format="png")
+
+
 @contextmanager
 def _member(archive: zipfile.ZipFile, name: str) -> Iterator[IO[bytes]]:
     # A ZipInfo of its own has a fixed date: the same images give the same file.
@@ -273,7 +287,8 @@ def _member(archive: zipfile.ZipFile, name: str) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turn a system's error inside into one that names the place."""
     try:
         yield
     except OSError as error:
@@ -282,15 +297,16 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _write_settings(file: Path, settings: Settings) -> None:
+def write_settings(file: Path, settings: Settings) -> None:
+    """Keep what images are drawn with as JSON."""
     with atomic_file(file) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_settings(path: Path) -> Settings:
+def read_settings(path: Path) -> Settings:
     """Settings from a JSON file or from inside an npz file."""
     try:
-        if path.name == SETTINGS_FILE:
+        if path.suffix == ".json":
             settings = json.loads(path.read_text(encoding="utf-8"))
         else:
             with zipfile.ZipFile(path) as archive:
@@ -305,7 +321,7 @@ def _read_settings(path: Path) -> Settings:
     return settings
 
 
-def _changes(before: Settings, now: Settings, free: Collection[str] = _FREE) -> str:
+def changes(before: Settings, now: Settings, free: Collection[str] = _FREE) -> str:
     """The settings that differ, with both values; empty if none does."""
     current = json.loads(json.dumps(now))
     return ", ".join(

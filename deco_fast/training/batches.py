@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from deco_fast.config import RunConfig
+from deco_fast.data.captions import CaptionedImages, FolderCaptions
 from deco_fast.data.digits import DigitsDataset
 from deco_fast.data.folder import FolderImages
 from deco_fast.data.images import ImageDataset
@@ -23,9 +24,10 @@ from deco_fast.data.order import EpochBatches
 from deco_fast.data.photographs import PhotographCrops
 from deco_fast.data.shards import ShardImages, index_share
 from deco_fast.errors import UserError
+from deco_fast.models.config import DeCoConfig, DeCoT2IConfig
 from deco_fast.training.distributed import Processes
 
-TrainingImages = DigitsDataset | PhotographCrops | ImageDataset
+TrainingImages = DigitsDataset | PhotographCrops | ImageDataset | CaptionedImages
 
 
 class Batches:
@@ -147,26 +149,56 @@ def open_dataset(config: RunConfig, processes: Processes | None = None) -> Train
         return DigitsDataset("train", data.height)
     if data.dataset == "photographs":
         return PhotographCrops(data.height, data.width)
+    is_text = isinstance(config.model, DeCoT2IConfig)
     if data.root is None:
-        holding = "class folders" if data.dataset == "folder" else "shards"
+        holding = "shards" if data.dataset == "shards" else "images with captions"
+        if data.dataset == "folder" and not is_text:
+            holding = "class folders"
         raise UserError(f"data.root is not set: give the folder of {holding} by --data.root")
+    if data.dataset == "shards" and processes is not None and processes.world_size > 1:
+        index_share(data.root, data.index_folder, processes.rank, processes.world_size)
+        processes.barrier()
+    if is_text:
+        return _captioned(config)
+    return _labelled(config)
+
+
+def _captioned(config: RunConfig) -> CaptionedImages:
+    data = config.data
+    assert data.root is not None
+    if data.dataset == "folder":
+        assert isinstance(data.root, str)
+        source: FolderCaptions | ShardImages = FolderCaptions(data.root)
+    else:
+        source = ShardImages(data.root, data.index_folder, captions=True)
+    return CaptionedImages(
+        source,
+        data.height,
+        data.width,
+        data.random_flip,
+        data.max_damaged_share,
+        crop=data.crop,
+        skip_small=data.skip_small,
+    )
+
+
+def _labelled(config: RunConfig) -> ImageDataset:
+    data, model = config.data, config.model
+    assert data.root is not None and isinstance(model, DeCoConfig)
     if data.dataset == "folder":
         assert isinstance(data.root, str)
         source: FolderImages | ShardImages = FolderImages(data.root)
-        if source.num_classes != config.model.num_classes:
+        if source.num_classes != model.num_classes:
             raise UserError(
                 f"{data.root} has {source.num_classes} class folders: "
-                f"set --model.num_classes {source.num_classes} (it is {config.model.num_classes})"
+                f"set --model.num_classes {source.num_classes} (it is {model.num_classes})"
             )
     else:
-        if processes is not None and processes.world_size > 1:
-            index_share(data.root, data.index_folder, processes.rank, processes.world_size)
-            processes.barrier()
         source = ShardImages(data.root, data.index_folder)
         # Some classes may have no image in these shards, so that fewer are no error.
-        if source.num_classes > config.model.num_classes:
+        if source.num_classes > model.num_classes:
             raise UserError(
                 f"{source.description} has the label {source.num_classes - 1}: set "
-                f"--model.num_classes {source.num_classes} (it is {config.model.num_classes})"
+                f"--model.num_classes {source.num_classes} (it is {model.num_classes})"
             )
     return ImageDataset(source, data.height, data.width, data.random_flip, data.max_damaged_share)

@@ -12,27 +12,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deco_fast.conditioning.captions import drop_captions, prefix_captions
 from deco_fast.conditioning.labels import drop_labels
 from deco_fast.config import RunConfig
 from deco_fast.flow import sample_timesteps
+from deco_fast.models.config import DeCoConfig
 
 
 class Draws(NamedTuple):
     """The random numbers of some samples of a step.
 
     Attributes:
-        y: labels (B,), the null class where dropped.
+        y: labels (B,), the null class where dropped; or captions, empty where dropped.
         t: times (B,), float32.
         noise: (B, C, H, W), float32.
     """
 
-    y: Tensor
+    y: Tensor | list[str]
     t: Tensor
     noise: Tensor
 
 
 def draw_step(
-    config: RunConfig, step: int, places: range, labels: Tensor, device: torch.device
+    config: RunConfig,
+    step: int,
+    places: range,
+    labels: Tensor | list[str],
+    device: torch.device,
 ) -> Draws:
     """Draw for the samples at some places of a step's global batch.
 
@@ -40,7 +46,7 @@ def draw_step(
         config: the run.
         step: 0-based.
         places: of the samples in the global batch.
-        labels: of those samples, (B,) int64, on the device.
+        labels: of those samples, (B,) int64 on the device, or captions.
         device: where the draws shall be. The noise is made there: another kind of device, other
             noise.
     """
@@ -56,14 +62,19 @@ def draw_step(
         time_shift=flow.time_shift,
         generator=generator,
     )
+    prefixes = torch.rand(2, batch_size, generator=generator)
     own = slice(places.start, places.stop)
     shape = (config.model.in_channels, config.data.height, config.data.width)
     noise = torch.empty(len(places), *shape, device=device)
     generator = torch.Generator(device)
     for image, seed in zip(noise, sample_seeds[own], strict=True):
         image.normal_(generator=generator.manual_seed(seed))
-    return Draws(
-        drop_labels(labels, config.model.num_classes, flow.null_probability, u=u[own].to(device)),
-        t[own].to(device),
-        noise,
-    )
+    y: Tensor | list[str]
+    if isinstance(labels, Tensor):
+        assert isinstance(config.model, DeCoConfig)
+        null = config.model.num_classes
+        y = drop_labels(labels, null, flow.null_probability, u=u[own].to(device))
+    else:
+        captions = prefix_captions(labels, config.text.prefix_probability, *prefixes[:, own])
+        y = drop_captions(captions, flow.null_probability, u[own])
+    return Draws(y, t[own].to(device), noise)

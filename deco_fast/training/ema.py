@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from deco_fast.models.deco import DeCo
+from deco_fast.models.network import DeCoNetwork
 
 
 class ExponentialMovingAverage:
@@ -21,13 +21,13 @@ class ExponentialMovingAverage:
         model: a DeCo with the averaged weights, in eval mode.
     """
 
-    def __init__(self, model: DeCo, decay: float) -> None:
+    def __init__(self, model: DeCoNetwork, decay: float) -> None:
         self.model = copy.deepcopy(model).float().requires_grad_(False).eval()
         self._average = get_ema_multi_avg_fn(decay)
         device = model.patch_embedder.weight.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def update(self, model: DeCo) -> None:
+    def update(self, model: DeCoNetwork) -> None:
         """Draw the average towards a network's present weights; `wait` before they change."""
         averaged: list[Tensor] = list(self.model.parameters())
         weights: list[Tensor] = list(model.parameters())

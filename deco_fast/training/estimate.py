@@ -10,8 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from deco_fast import ops
+from deco_fast.conditioning.qwen3 import QWEN3_PARAMETERS, qwen3_flops
 from deco_fast.config import RunConfig
-from deco_fast.models.deco import DeCo
+from deco_fast.models.build import build_network
+from deco_fast.models.config import DeCoT2IConfig
 from deco_fast.training.objective import Objective
 
 
@@ -44,13 +46,14 @@ class Estimate:
         parameters: of the whole network.
         decoder_parameters: of the pixel decoder alone.
         forward_flops: of one forward pass, per image.
-        training_flops: of forward and backward, with REPA's projector and frozen encoder, per
+        training_flops: of forward and backward, with REPA's projector and the frozen encoders, per
             image.
         state_bytes: weights, gradients, AdamW's two moments and the averaged weights in float32,
-            and what autocast copies of them.
+            and what autocast copies of them; of a text model Qwen3-1.7B in bf16.
         activation_bytes: kept for the backward pass, per image.
         projector_parameters: of REPA's projector, which is trained beside the network.
         encoder_flops: of REPA's frozen encoder, counted as DINOv2-B, per image; 0 with a cache.
+        text_flops: of a text model's frozen text encoder, counted as Qwen3-1.7B, per image.
     """
 
     parameters: int
@@ -61,6 +64,7 @@ class Estimate:
     activation_bytes: int
     projector_parameters: int
     encoder_flops: int
+    text_flops: int
 
     def describe(self, batch_size: int) -> str:
         """The figures for people, at a batch size per process and backward pass."""
@@ -72,6 +76,10 @@ class Estimate:
                 f"REPA                of them {self.encoder_flops / 1e9:,.2f} G in DINOv2-B; "
                 f"projector {self.projector_parameters:,} parameters"
             ]
+        if self.text_flops:
+            lines.append(
+                f"text                of them {self.text_flops / 1e9:,.2f} G in Qwen3-1.7B"
+            )
         return "\n".join(
             [
                 f"parameters          {self.parameters:,} {decoder}",
@@ -91,7 +99,7 @@ def estimate(config: RunConfig) -> Estimate:
     A fused op's FLOPs cannot be seen from outside, and it keeps less.
     """
     with FakeTensorMode(), ops.use_backend("reference"):
-        model = DeCo(config.model)
+        model = build_network(config.model)
         feature_size = _DINOV2_B.width if config.alignment.enabled else None
         objective = Objective(model, config, feature_size)
         once, twice = (_step(objective, config, batch_size) for batch_size in (1, 2))
@@ -101,17 +109,25 @@ def estimate(config: RunConfig) -> Estimate:
     # From a cache its features are read.
     computed = projector is not None and config.alignment.cache is None
     encoder_flops = _DINOV2_B.flops(_tokens(config)) if computed else 0
+    text_flops, text_bytes = 0, 0
+    if isinstance(config.model, DeCoT2IConfig):
+        text_flops, text_bytes = qwen3_flops(config.model.text_length), 2 * QWEN3_PARAMETERS
     parameters = sum(p.numel() for p in model.parameters())
     return Estimate(
         parameters=parameters,
         decoder_parameters=sum(p.numel() for p in model.decoder.parameters()),
         forward_flops=once.forward_flops - once.projector_flops,
-        training_flops=once.forward_flops + once.backward_flops + encoder_flops,
+        training_flops=once.forward_flops + once.backward_flops + encoder_flops + text_flops,
         # What does not grow with the batch: autocast's bf16 copies of the weights.
-        state_bytes=20 * parameters + 16 * projector_parameters + once.kept - per_image,
+        state_bytes=20 * parameters
+        + 16 * projector_parameters
+        + once.kept
+        - per_image
+        + text_bytes,
         activation_bytes=per_image,
         projector_parameters=projector_parameters,
         encoder_flops=encoder_flops,
+        text_flops=text_flops,
     )
 
 
@@ -133,6 +149,8 @@ def _step(objective: Objective, config: RunConfig, batch_size: int) -> _Step:
     shape = (batch_size, config.model.in_channels, config.data.height, config.data.width)
     x = torch.randn(shape)
     t, y = torch.zeros(batch_size), torch.zeros(batch_size, dtype=torch.int64)
+    if isinstance(config.model, DeCoT2IConfig):
+        y = torch.zeros(batch_size, config.model.text_length, config.model.text_size)
     features = torch.randn(batch_size, _tokens(config), _DINOV2_B.width)
     kept: dict[int, torch.UntypedStorage] = {}
 

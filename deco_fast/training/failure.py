@@ -6,6 +6,7 @@ import json
 from typing import NoReturn
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from deco_fast.checkpoint import save_weights
 from deco_fast.checkpoint.atomic import atomic_file
@@ -22,7 +23,8 @@ def stop_after_failure(training: TrainingStep, folder: RunFolder, made: MadeStep
     """Keep the weights that a step began with, its batch and its draws, and end the run.
 
     Into failures/step-…: model.safetensors, for each process batch-RANK.safetensors (images,
-    labels, indices, y, t, noise), figures.json. All processes call it together.
+    labels, indices, y, t, noise), figures.json; of a text model the captions, before and after
+    prefixes and dropout, in captions-RANK.json. All processes call it together.
 
     Raises:
         UserError: always; it names the step and its first samples.
@@ -30,9 +32,13 @@ def stop_after_failure(training: TrainingStep, folder: RunFolder, made: MadeStep
     place = folder.failure(made.step)
     rank = training.processes.rank
     draws = training.draws(made.step - 1, made.batch)
-    tensors = {**made.batch._asdict(), **draws._asdict()}
+    values = {**made.batch._asdict(), **draws._asdict()}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     with atomic_file(place / f"batch-{rank}.safetensors") as path:
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path)
+    if captions := {name: value for name, value in values.items() if name not in tensors}:
+        text = json.dumps(captions, indent=1, ensure_ascii=False)
+        write_atomically(place / f"captions-{rank}.json", text + "\n")
     weights = whole_weights(training.model, training)
     if training.processes.is_main:
         config = training.config

@@ -11,8 +11,8 @@ from deco_fast.checkpoint.format import WEIGHTS
 from deco_fast.checkpoint.load import open_checkpoint
 from deco_fast.checkpoint.source import MissingWeightsError, Source
 from deco_fast.errors import UserError
-from deco_fast.models.config import DeCoConfig
-from deco_fast.models.deco import DeCo
+from deco_fast.models.build import build_network
+from deco_fast.models.config import NetworkConfig
 from deco_fast.training.parallel import set_weights
 from deco_fast.training.step import TrainingStep
 
@@ -60,7 +60,7 @@ class InitialWeights:
         return ", projector"
 
 
-def open_initial_weights(path: str | Path, config: DeCoConfig) -> InitialWeights:
+def open_initial_weights(path: str | Path, config: NetworkConfig) -> InitialWeights:
     """Open a checkpoint to begin a run with.
 
     Args:
@@ -80,7 +80,7 @@ def open_initial_weights(path: str | Path, config: DeCoConfig) -> InitialWeights
     ema = sources.get("ema", model)
     assert model is not None and ema is not None, "open_checkpoint refuses what holds neither"
     with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in DeCo(config).state_dict().items()}
+        expected = {name: tuple(t.shape) for name, t in build_network(config).state_dict().items()}
     for source in {id(source): source for source in (model, ema)}.values():
         _compare(source, expected)
     return InitialWeights(str(path), model, ema)

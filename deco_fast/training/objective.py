@@ -9,7 +9,7 @@ from deco_fast.alignment import Projector, alignment_loss
 from deco_fast.config import RunConfig
 from deco_fast.flow import interpolate, timestep_weight, velocity
 from deco_fast.losses import flow_matching_loss, frequency_table
-from deco_fast.models.deco import DeCo
+from deco_fast.models.network import DeCoNetwork
 
 
 class Objective(nn.Module):
@@ -26,7 +26,9 @@ class Objective(nn.Module):
         projector: what REPA trains beside the network; None without it.
     """
 
-    def __init__(self, model: DeCo, config: RunConfig, feature_size: int | None = None) -> None:
+    def __init__(
+        self, model: DeCoNetwork, config: RunConfig, feature_size: int | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.projector: Projector | None = None
@@ -52,7 +54,7 @@ class Objective(nn.Module):
 
         Args:
             x: images (B, C, H, W) in [−1, 1].
-            y: labels (B,), the null class where dropped.
+            y: conditions (B, …): labels, the null class where dropped; or text features.
             t: times (B,) in [0, 1].
             noise: (B, C, H, W), standard normal.
             features: (B, N, feature_size) of the images, from the frozen encoder, for REPA.

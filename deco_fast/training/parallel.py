@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from deco_fast.config import TrainingConfig
-from deco_fast.models.deco import DeCo
+from deco_fast.models.deco_t2i import DeCoT2I
+from deco_fast.models.network import DeCoNetwork
 from deco_fast.training.distributed import Processes
 from deco_fast.training.objective import Objective
 
@@ -24,7 +25,7 @@ def device_mesh(processes: Processes) -> DeviceMesh:
     return init_device_mesh(processes.device.type, (processes.world_size,))
 
 
-def shard(model: DeCo, mesh: DeviceMesh, root: nn.Module | None = None) -> None:
+def shard(model: DeCoNetwork, mesh: DeviceMesh, root: nn.Module | None = None) -> None:
     """Give every process a part of each parameter (FSDP2), gathered block by block when needed.
 
     Args:
@@ -32,10 +33,16 @@ def shard(model: DeCo, mesh: DeviceMesh, root: nn.Module | None = None) -> None:
         mesh: from `device_mesh`.
         root: a module around the model whose other parameters are to be shared as well.
     """
-    for block in model.blocks:
+    for block in _all_blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model.decoder, mesh=mesh)
     fully_shard(root if root is not None else model, mesh=mesh)
+
+
+def _all_blocks(model: DeCoNetwork) -> list[nn.Module]:
+    """Those of the DiT, and those that refine the text."""
+    refining = list(model.text_blocks) if isinstance(model, DeCoT2I) else []
+    return [*refining, *model.blocks]
 
 
 def set_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -49,9 +56,9 @@ def set_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     set_model_state_dict(module, dict(tensors), options=options)
 
 
-def recompute_activations(model: DeCo) -> None:
-    """Let every DiT block keep its input alone, and compute again in the backward pass."""
-    for block in model.blocks:
+def recompute_activations(model: DeCoNetwork) -> None:
+    """Let every block keep its input alone, and compute again in the backward pass."""
+    for block in _all_blocks(model):
         # On the instance: a wrapper module would change the parameters' names.
         block.forward = _recomputed(block.forward)
 
@@ -87,7 +94,7 @@ def prepare_network(
         # FSDP2's hooks lie between the blocks, and DDP's splitting of the graph into buckets
         # cannot see into recomputed ones: there each block is a graph of its own.
         by_block = sharded or (network is not objective and config.recompute_activations)
-        for part in objective.model.blocks if by_block else [network]:
+        for part in _all_blocks(objective.model) if by_block else [network]:
             part.compile()
     return network
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from deco_fast.alignment.features import Features
+from deco_fast.conditioning.qwen3 import EncodeText
 from deco_fast.config import RunConfig
 from deco_fast.data.loader import Batch
 from deco_fast.errors import UserError
-from deco_fast.models.deco import DeCo
+from deco_fast.models.build import build_network
 from deco_fast.training import parallel
 from deco_fast.training.distributed import Processes
 from deco_fast.training.draws import Draws, draw_step
@@ -47,6 +48,7 @@ class TrainingStep:
         config: the run.
         processes: this process among those of the run.
         features: the targets of a run with REPA.
+        encode_text: the text encoder of a text model.
 
     Attributes:
         model: the network.
@@ -60,15 +62,20 @@ class TrainingStep:
     """
 
     def __init__(
-        self, config: RunConfig, processes: Processes, features: Features | None = None
+        self,
+        config: RunConfig,
+        processes: Processes,
+        features: Features | None = None,
+        encode_text: EncodeText | None = None,
     ) -> None:
         training = config.training
         self.config, self.processes = config, processes
         self.device = processes.device
         self.micro_batch_size = _micro_batch_size(config, processes)
         torch.manual_seed(training.seed)
-        self.model = DeCo(config.model, config.card()).to(self.device)
+        self.model = build_network(config.model, config.card()).to(self.device)
         self.features = features
+        self.encode_text = encode_text
         feature_size = None if features is None else features.channels
         self.objective = Objective(self.model, config, feature_size).to(self.device)
         self.ema = ExponentialMovingAverage(self.model, training.ema_decay)
@@ -111,7 +118,11 @@ class TrainingStep:
         sums: dict[str, Tensor] = {}
         for part in range(parts):
             own = slice(part * size, (part + 1) * size)
-            x, (y, t, noise) = self._inputs(step, batch, own)
+            x, draws = self._inputs(step, batch, own)
+            y, t, noise = draws
+            if not isinstance(y, Tensor):
+                assert self.encode_text is not None, "a text model needs its text encoder"
+                y = self.encode_text(y)
             features = None if self.features is None else self.features(x, batch.indices[own])
             with parallel.reduce_gradients(self.network, now=part == parts - 1):
                 losses: dict[str, Tensor] = self.network(x, y, t, noise, features)
@@ -136,13 +147,15 @@ class TrainingStep:
             self.features.flush()
 
     def draws(self, step: int, batch: Batch) -> Draws:
-        """The labels, times and noise that a batch meets in a step."""
+        """The labels or captions, times and noise that a batch meets in a step."""
         return self._inputs(step, batch, slice(0, len(batch.labels)))[1]
 
     def _inputs(self, step: int, batch: Batch, own: slice) -> tuple[Tensor, Draws]:
         """Images on the device and the draws for a part of this process's share."""
         x = batch.images[own].to(self.device, non_blocking=True)
-        labels = batch.labels[own].to(self.device, non_blocking=True)
+        labels = batch.labels[own]
+        if isinstance(labels, Tensor):
+            labels = labels.to(self.device, non_blocking=True)
         first = self.processes.rank * len(batch.labels) + own.start
         places = range(first, first + len(labels))
         return x, draw_step(self.config, step, places, labels, self.device)

@@ -7,7 +7,7 @@ anywhere goes on exactly as if it had not, on any number of processes.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 
 from deco_fast.config import RunConfig
 from deco_fast.errors import UserError
-from deco_fast.models.deco import DeCo
+from deco_fast.models.build import build_network
+from deco_fast.models.config import DeCoConfig
+from deco_fast.sampling.condition_table import Condition
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import image_grid, save_grid
 from deco_fast.sampling.run import draw, labels_for
@@ -30,6 +32,7 @@ from deco_fast.training.monitor import Monitor
 from deco_fast.training.run_folder import RunFolder
 from deco_fast.training.step import TrainingStep, learning_rate
 from deco_fast.training.targets import open_features
+from deco_fast.training.text import open_text_encoder
 from deco_fast.training.time_limit import TimeLimit
 
 # What a checkpoint is assumed to take before one has been written: a slow network disk.
@@ -67,7 +70,8 @@ class Trainer:
         features = None
         if config.alignment.enabled:
             features = open_features(config, self.dataset, processes.device)
-        self.training = TrainingStep(config, processes, features)
+        self.encode_text = open_text_encoder(config, processes.device)
+        self.training = TrainingStep(config, processes, features, self.encode_text)
         parameters = sum(p.numel() for p in self.training.objective.parameters())
         # float32: weights, their average, two moments.
         self.limit = TimeLimit(max_seconds, 16 * parameters / _ASSUMED_BYTES_PER_SECOND)
@@ -172,22 +176,30 @@ class Trainer:
             monitor.scalars(made.step, {**window.report(), "learning_rate": rate})
 
     def _save_samples(self, monitor: Monitor) -> None:
-        """A grid of the averaged model's images, always of the same noise and classes."""
+        """A grid of the averaged model's images, always of the same noise and conditions."""
         weights = state.whole_weights(self.training.ema.model, self.training)
         if not self.processes.is_main:
             return
         with torch.device("meta"):
-            model = DeCo(self.config.model, self.config.card()).eval()
+            model = build_network(self.config.model, self.config.card()).eval()
         device = self.processes.device
         weights = {name: tensor.to(device) for name, tensor in weights.items()}
         model.load_state_dict(weights, assign=True)
-        labels = labels_for(self.config.output.sample_count, self.config.model.num_classes)
-        batches = draw(SamplingEngine(model), labels, seed=self.config.training.seed)
+        engine = SamplingEngine(model, encode_text=self.encode_text)
+        batches = draw(engine, self._sample_conditions(), seed=self.config.training.seed)
         images = torch.cat([images for _, images in batches])
         path = self.folder.path / "samples" / f"step-{self.step:08d}.png"
         save_grid(images, path)
         monitor.images(self.step, torch.from_numpy(np.array(image_grid(images))))
         monitor.say(f"samples: {path}")
+
+    def _sample_conditions(self) -> Sequence[Condition]:
+        """The class or prompt of each image of a grid."""
+        count, model = self.config.output.sample_count, self.config.model
+        if isinstance(model, DeCoConfig):
+            return labels_for(count, model.num_classes)
+        prompts = self.config.text.sample_prompts
+        return [prompts[i % len(prompts)] for i in range(count)]
 
     def _list_damaged(self) -> None:
         """Name in the run's folder what this process knows to be damaged."""

@@ -28,15 +28,15 @@ def forward(
     upsample_bias: Tensor,
     small: Sequence[Tensor],
     patch_size: int,
+    position: str,
     keep_inputs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `deco_fast.kernels.registration`."""
     dtype = condition_dtype(tokens)
     rows = tokens.flatten(0, 1).to(dtype)
     y = matmul_nt(upsample_weight.to(dtype), rows)
-    velocity = _C.pixel_decoder_forward(
-        x.float().contiguous(), y, _kernel_weights(upsample_bias, small, patch_size), patch_size
-    )
+    weights = _kernel_weights(upsample_bias, small, patch_size, position)
+    velocity = _C.pixel_decoder_forward(x.float().contiguous(), y, weights, patch_size)
     return velocity.to(tokens.dtype), y.view(-1), y.new_empty(0)
 
 
@@ -50,6 +50,7 @@ def backward(
     upsample_bias: Tensor,
     small: Sequence[Tensor],
     patch_size: int,
+    position: str,
     need_x_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """See `deco_fast.kernels.registration`."""
@@ -60,7 +61,7 @@ def backward(
             grad_velocity.float().contiguous(),
             x.float().contiguous(),
             y.view(-1, rows.shape[0]),
-            _kernel_weights(upsample_bias, small, patch_size),
+            _kernel_weights(upsample_bias, small, patch_size, position),
             patch_size,
             need_x_grad,
         )
@@ -68,7 +69,7 @@ def backward(
     grad_tokens = matmul_nt(grad_y.T, upsample_weight.to(dtype).T)
     grad_upsample_weight = matmul_nt(grad_y, rows.T)
     grad_input = fold_input_projections_backward(
-        grad_rgb_weight, grad_table, small[:_INPUT_PROJECTIONS], patch_size
+        grad_rgb_weight, grad_table, small[:_INPUT_PROJECTIONS], patch_size, position
     )
     # The kernel's gradients of the small tensors are pieces of one tensor: each becomes its own.
     grad_small = [
@@ -85,10 +86,10 @@ def backward(
 
 
 def _kernel_weights(
-    upsample_bias: Tensor, small: Sequence[Tensor], patch_size: int
+    upsample_bias: Tensor, small: Sequence[Tensor], patch_size: int, position: str
 ) -> list[Tensor]:
     input_projections, rest = small[:_INPUT_PROJECTIONS], small[_INPUT_PROJECTIONS:]
     return [
-        *fold_input_projections(input_projections, patch_size),
+        *fold_input_projections(input_projections, patch_size, position),
         *(tensor.float().contiguous() for tensor in (upsample_bias, *rest)),
     ]

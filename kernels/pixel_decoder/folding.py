@@ -20,25 +20,28 @@ RGB = 3
 
 
 @functools.lru_cache(maxsize=16)
-def position_features(patch_size: int, device: torch.device) -> Tensor:
+def position_features(patch_size: int, device: torch.device, kind: str) -> Tensor:
     """The constant features, made once: on a GPU that takes longer than the rest of the folding."""
     with torch.inference_mode(False):
-        return pixel_position_features(patch_size, device)
+        return pixel_position_features(patch_size, device, kind)
 
 
-def fold_input_projections(input_parameters: Sequence[Tensor], patch_size: int) -> list[Tensor]:
+def fold_input_projections(
+    input_parameters: Sequence[Tensor], patch_size: int, position: str
+) -> list[Tensor]:
     """rgb_weight (C, 3) and table (p², C), float32.
 
     Args:
         input_parameters: pixel_embedder_weight (C, 67), pixel_embedder_bias (C,),
             input_proj_weight (C, C), input_proj_bias (C,).
         patch_size: p.
+        position: the kind of position features.
     """
     embedder_weight, embedder_bias, proj_weight, proj_bias = (t.float() for t in input_parameters)
     weight = proj_weight @ embedder_weight
     bias = torch.addmv(proj_bias, proj_weight, embedder_bias)
-    position = position_features(patch_size, weight.device)
-    return [weight[:, :RGB].contiguous(), torch.addmm(bias, position, weight[:, RGB:].T)]
+    places = position_features(patch_size, weight.device, position)
+    return [weight[:, :RGB].contiguous(), torch.addmm(bias, places, weight[:, RGB:].T)]
 
 
 def fold_input_projections_backward(
@@ -46,11 +49,12 @@ def fold_input_projections_backward(
     grad_table: Tensor,
     input_parameters: Sequence[Tensor],
     patch_size: int,
+    position: str,
 ) -> list[Tensor]:
     """The gradients of the four, float32, from those of what `fold_input_projections` returns."""
     embedder_weight, embedder_bias, proj_weight, _ = (t.float() for t in input_parameters)
-    position = position_features(patch_size, grad_table.device)
-    grad_weight = torch.cat([grad_rgb_weight, grad_table.T @ position], dim=1)
+    places = position_features(patch_size, grad_table.device, position)
+    grad_weight = torch.cat([grad_rgb_weight, grad_table.T @ places], dim=1)
     grad_bias = grad_table.sum(0)
     return [
         proj_weight.T @ grad_weight,

@@ -45,7 +45,11 @@ def _exceeds_shared_memory(tokens: Tensor, parameters: PixelDecoderParameters) -
 
 
 def pixel_decoder(
-    x: Tensor, tokens: Tensor, parameters: PixelDecoderParameters, patch_size: int
+    x: Tensor,
+    tokens: Tensor,
+    parameters: PixelDecoderParameters,
+    patch_size: int,
+    position: str = "product",
 ) -> Tensor:
     """See `deco_fast.ops.pixel_decoder`.
 
@@ -60,12 +64,12 @@ def pixel_decoder(
     """
     foreign = is_foreign(tokens)
     if foreign or within_transform() or not fits(x, tokens, parameters, patch_size):
-        return reference.pixel_decoder(x, tokens, parameters, patch_size)
+        return reference.pixel_decoder(x, tokens, parameters, patch_size, position)
     device_type = tokens.device.type
     if torch.is_autocast_enabled(device_type):
         tokens = tokens.to(torch.get_autocast_dtype(device_type))
     if _exceeds_shared_memory(tokens, parameters):
-        return reference.pixel_decoder(x, tokens, parameters, patch_size)
+        return reference.pixel_decoder(x, tokens, parameters, patch_size, position)
     p = parameters
     small = [
         *(p.pixel_embedder_weight, p.pixel_embedder_bias, p.input_proj_weight, p.input_proj_bias),
@@ -79,6 +83,6 @@ def pixel_decoder(
         return reference.pixel_decoder(x, tokens, parameters, patch_size)
     velocity, _, _ = fused_ops.pixel_decoder(
         *(x, tokens, p.upsample_weight, p.upsample_bias, small, patch_size),
-        trained and keeps_block_inputs(),
+        *(position, trained and keeps_block_inputs()),
     )
     return velocity

@@ -99,7 +99,7 @@ class _Folded(NamedTuple):
     table: Tensor  # (p², C) float32
 
     @classmethod
-    def of(cls, flat: Tensor, shape: Shape) -> _Folded:
+    def of(cls, flat: Tensor, shape: Shape, position: str) -> _Folded:
         channels, blocks, patch_size, dtype = shape
         area, colors = patch_size**2, COLORS.value
         folded = cls(
@@ -113,7 +113,7 @@ class _Folded(NamedTuple):
         programs = blocks + triton.cdiv(area, FOLD_LAUNCH["ROWS"])
         fold_kernel[(programs,)](
             flat,
-            position_features(patch_size, flat.device),
+            position_features(patch_size, flat.device, position),
             *folded,
             NUM_BLOCKS=blocks,
             C=channels,
@@ -162,6 +162,7 @@ def forward(
     upsample_bias: Tensor,
     small: Sequence[Tensor],
     patch_size: int,
+    position: str,
     keep_inputs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `deco_fast.kernels.registration`.
@@ -176,7 +177,7 @@ def forward(
     velocity = torch.empty(x.shape, dtype=dtype, device=x.device)
     inputs = y.new_empty(block_inputs_shape(y, small, keep_inputs))
     with torch.cuda.device_of(x):
-        folded = _Folded.of(_flat(small), shape)
+        folded = _Folded.of(_flat(small), shape, position)
         pixels = range(y.numel() // shape.channels)
 
         def run(tile: Tile) -> None:
@@ -250,6 +251,7 @@ def backward(
     upsample_bias: Tensor,
     small: Sequence[Tensor],
     patch_size: int,
+    position: str,
     need_x_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """See `deco_fast.kernels.registration`; the same bits at every run.
@@ -263,7 +265,7 @@ def backward(
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x_grad else None
     grad_y = torch.empty_like(y)
     with torch.cuda.device_of(x):
-        folded = _Folded.of(flat, shape)
+        folded = _Folded.of(flat, shape, position)
         grad_velocity, x = grad_velocity.contiguous(), x.contiguous()
 
         def run(tile: Tile) -> Tensor:
@@ -278,7 +280,7 @@ def backward(
         fold_backward_kernel[(shape.blocks + 1,)](
             sums,
             flat,
-            position_features(patch_size, x.device),
+            position_features(patch_size, x.device, position),
             grad_flat,
             *sums.shape,
             NUM_BLOCKS=shape.blocks,

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 
 from deco_fast.kernels.pixel_decoder.gpu_kernels import COLORS, MATRICES, RGB
-from deco_fast.kernels.pixel_decoder.reference import NUM_FREQUENCIES
+from deco_fast.kernels.pixel_decoder.reference import POSITION_FEATURES
 
-FEATURES = tl.constexpr(NUM_FREQUENCIES**2)
+FEATURES = tl.constexpr(POSITION_FEATURES)
 
 
 @triton.jit

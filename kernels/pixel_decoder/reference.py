@@ -13,7 +13,7 @@ place inside the patch and its own condition y_i = upsample(token)_i (specificat
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,13 @@ from deco_fast.kernels.linear_upsample.reference import linear_upsample
 
 NORM_EPS = 1e-6
 NUM_FREQUENCIES = 8
-"""Cosine frequencies per axis; a pixel has NUM_FREQUENCIES² position features."""
+"""Cosine frequencies per axis of the class model."""
+
+POSITION_FEATURES = NUM_FREQUENCIES**2
+"""Position features of a pixel, in either model."""
+
+PositionKind = Literal["product", "axial"]
+"""How a pixel's place becomes features: the class model's way, and the text model's."""
 
 
 class BlockParameters(NamedTuple):
@@ -54,29 +60,58 @@ class PixelDecoderParameters(NamedTuple):
     output_bias: Tensor  # (3,)
 
 
-def pixel_position_features(patch_size: int, device: torch.device | None = None) -> Tensor:
-    """Cosine features of a pixel's place inside its patch, (p², 64), float32.
+def pixel_position_features(
+    patch_size: int, device: torch.device | None = None, kind: str = "product"
+) -> Tensor:
+    """Cosine features of a pixel's place inside its patch, (p², 64), float32 (B.5).
 
-    feature[8i + j] = cos(π·px·f_i) · cos(π·py·f_j) / (1 + f_i·f_j), with px, py in [0, 1] and
-    f_k = 8k/7 (specification B.5).
+    "product": feature[8i + j] = cos(π·px·f_i) · cos(π·py·f_j) / (1 + f_i·f_j), with px, py in
+    [0, 1] and f_k = 8k/7.
+
+    "axial": feature[2k] = cos(px·w_k) and feature[2k + 1] = cos(py·w_k), with px, py in [0, p]
+    and w_k = 10000^(−k/32): the cosines of a rotary table, without its sines.
+
+    Raises:
+        ValueError: there is no such kind.
     """
+    if kind == "product":
+        return _product_features(patch_size, device)
+    if kind == "axial":
+        return _axial_features(patch_size, device)
+    raise ValueError(f"unknown position features '{kind}': choose product or axial")
+
+
+def _product_features(patch_size: int, device: torch.device | None) -> Tensor:
     place = torch.linspace(0, 1, patch_size, device=device)
     frequency = torch.linspace(0, NUM_FREQUENCIES, NUM_FREQUENCIES, device=device)
     cosine_PF = torch.cos(math.pi * place[:, None] * frequency)
     damping_FF = 1 / (1 + frequency[:, None] * frequency)
     features = cosine_PF[None, :, :, None] * cosine_PF[:, None, None, :] * damping_FF
-    return features.reshape(patch_size**2, NUM_FREQUENCIES**2)
+    return features.reshape(patch_size**2, POSITION_FEATURES)
+
+
+def _axial_features(patch_size: int, device: torch.device | None) -> Tensor:
+    place = torch.linspace(0, patch_size, patch_size, device=device)
+    exponent = torch.arange(POSITION_FEATURES // 2, device=device) / (POSITION_FEATURES // 2)
+    cosine_PK = torch.cos(place[:, None] * 10000.0**-exponent)
+    of_x = cosine_PK[None, :].expand(patch_size, -1, -1)
+    of_y = cosine_PK[:, None].expand(-1, patch_size, -1)
+    return torch.stack([of_x, of_y], dim=-1).reshape(patch_size**2, POSITION_FEATURES)
 
 
 def pixel_decoder(
-    x: Tensor, tokens: Tensor, parameters: PixelDecoderParameters, patch_size: int
+    x: Tensor,
+    tokens: Tensor,
+    parameters: PixelDecoderParameters,
+    patch_size: int,
+    position: str = "product",
 ) -> Tensor:
     """Decode the noisy image x (B, 3, H, W) under tokens (B, L, D) to the velocity (B, 3, H, W)."""
     p = parameters
     y = linear_upsample(tokens, p.upsample_weight, p.upsample_bias, patch_size)
     pixels = to_pixels(x, patch_size)
-    position = pixel_position_features(patch_size, x.device).to(x.dtype)
-    features = torch.cat([pixels, position.expand(pixels.shape[0], -1, -1)], dim=-1)
+    places = pixel_position_features(patch_size, x.device, position).to(x.dtype)
+    features = torch.cat([pixels, places.expand(pixels.shape[0], -1, -1)], dim=-1)
     h = F.linear(features, p.pixel_embedder_weight, p.pixel_embedder_bias)
     h = F.linear(h, p.input_proj_weight, p.input_proj_bias)
     condition = F.silu(y)

@@ -13,7 +13,11 @@ from deco_fast import ops
 from deco_fast.errors import UserError
 from deco_fast.kernels import registry
 from deco_fast.kernels.pixel_decoder import reference
-from deco_fast.kernels.pixel_decoder.reference import BlockParameters, PixelDecoderParameters
+from deco_fast.kernels.pixel_decoder.reference import (
+    BlockParameters,
+    PixelDecoderParameters,
+    PositionKind,
+)
 
 pytestmark = pytest.mark.skipif(
     registry.extension_problem() is not None,
@@ -76,12 +80,15 @@ SHAPES = [
 class Case:
     """Random inputs and parameters, exact in the dtype of the computation."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, position: PositionKind = "product"
+    ) -> None:
         def normal(*sizes: int, std: float = 0.3, mean: float = 0.0) -> Tensor:
             return (mean + torch.randn(sizes) * std).to(dtype).float()
 
         c, p = shape.channels, shape.patch_size
         self.patch_size = p
+        self.position: PositionKind = position
         x = normal(shape.batch, 3, shape.rows * p, shape.columns * p, std=1).to(dtype)
         tokens = normal(shape.batch, shape.rows * shape.columns, TOKEN_WIDTH, std=1).to(dtype)
         upsample = [normal(p * p * c, TOKEN_WIDTH), normal(p * p * c)]
@@ -107,7 +114,7 @@ class Case:
         leaves = [t.detach().requires_grad_() for t in inputs or self.inputs]
         with ops.use_backend("cpp"):
             velocity = ops.pixel_decoder(
-                *leaves[:2], self.parameters(leaves), patch_size=self.patch_size
+                *leaves[:2], self.parameters(leaves), self.patch_size, self.position
             )
             grads = torch.autograd.grad(velocity, leaves, self.grad_velocity)
         return (velocity.detach(), *grads)
@@ -115,7 +122,9 @@ class Case:
     def expected(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
         """The same by the reference, all in one dtype."""
         leaves = [t.detach().to(dtype).requires_grad_() for t in self.inputs]
-        velocity = reference.pixel_decoder(*leaves[:2], self.parameters(leaves), self.patch_size)
+        velocity = reference.pixel_decoder(
+            *leaves[:2], self.parameters(leaves), self.patch_size, self.position
+        )
         grads = torch.autograd.grad(velocity, leaves, self.grad_velocity.to(dtype))
         return (velocity.detach(), *grads)
 
@@ -140,6 +149,15 @@ def test_agrees_with_the_reference(shape: Shape, dtype: torch.dtype) -> None:
             # else too, is then at least as far off.
             tolerance = max(tolerance, relative_error(eager, expected))
         assert relative_error(result, expected) <= tolerance, f"output {index}"
+
+
+def test_axial_position_features() -> None:
+    case = Case(Shape(32, 2, 8, 1, 3, 5), torch.float32, "axial")
+    results, product = case.cpp(), Case(Shape(32, 2, 8, 1, 3, 5), torch.float32)
+    for result, expected in zip(results, case.expected(), strict=True):
+        assert relative_error(result, expected) <= TOLERANCE[torch.float32]
+    product.inputs = case.inputs
+    assert relative_error(product.cpp()[0], results[0].double()) > 0.01
 
 
 def test_long_sums_stay_exact() -> None:

@@ -49,12 +49,13 @@ class Case:
         rows: int,
         columns: int,
         dtype: torch.dtype,
+        position: str = "product",
     ) -> None:
         def normal(*shape: int, std: float = 0.3) -> Tensor:
             return torch.randn(shape, device=interpreter.DEVICE) * std
 
         c, area = channels, patch_size**2
-        self.patch_size = patch_size
+        self.patch_size, self.position = patch_size, position
         self.x = normal(batch, 3, rows * patch_size, columns * patch_size, std=1).to(dtype)
         self.tokens = normal(batch, rows * columns, TOKEN_WIDTH, std=1).to(dtype)
         self.grad_velocity = torch.randn_like(self.x)
@@ -68,7 +69,8 @@ class Case:
     def forward(self, keep_inputs: bool = True) -> tuple[Tensor, list[Tensor]]:
         """The velocity, and what the backward pass is to be given of the forward pass."""
         velocity, *kept = gpu.forward(
-            self.x, self.tokens, *self.upsample, self.small, self.patch_size, keep_inputs
+            *(self.x, self.tokens, *self.upsample, self.small),
+            *(self.patch_size, self.position, keep_inputs),
         )
         return velocity, kept
 
@@ -76,7 +78,7 @@ class Case:
         """The gradients of x, the tokens, the upsampling and the small parameters."""
         grad_x, *grads, grad_small = gpu.backward(
             *(self.grad_velocity, self.x, self.tokens, *kept, *self.upsample),
-            *(self.small, self.patch_size, need_x_grad),
+            *(self.small, self.patch_size, self.position, need_x_grad),
         )
         return [grad_x, *grads, *grad_small]
 
@@ -94,7 +96,7 @@ class Case:
             tuple(BlockParameters(*blocks[i : i + 8]) for i in range(0, len(blocks), 8)),
             *last,
         )
-        velocity = pixel_decoder(x, tokens, parameters, self.patch_size)
+        velocity = pixel_decoder(x, tokens, parameters, self.patch_size, self.position)
         grads = torch.autograd.grad(velocity, inputs, self.grad_velocity.to(dtype))
         return velocity.detach(), list(grads)
 
@@ -169,6 +171,9 @@ class TestAgainstTheReference:
     def test_lean(self, shape: tuple[int, ...]) -> None:
         self.check(Case(*shape, torch.float32), keep_inputs=False)
 
+    def test_axial_position_features(self) -> None:
+        self.check(Case(16, 1, 8, 1, 1, 3, torch.float32, "axial"))
+
     def test_mixed_dtypes_and_strides(self) -> None:
         case = Case(16, 1, 4, 2, 3, 3, torch.float16)
         case.x = case.x.float().transpose(2, 3)
@@ -186,7 +191,10 @@ class TestBehaviour:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_the_op_is_what_its_fake_says(self, dtype: torch.dtype, keep_inputs: bool) -> None:
         case = Case(16, 2, 2, 1, 3, 5, dtype)
-        arguments = case.x, case.tokens, *case.upsample, case.small, case.patch_size, keep_inputs
+        arguments = (
+            *(case.x, case.tokens, *case.upsample, case.small),
+            *(case.patch_size, case.position, keep_inputs),
+        )
         torch.library.opcheck(fused_ops.pixel_decoder, arguments)
         velocity, *kept = fused_ops.pixel_decoder(*arguments)
         torch.library.opcheck(

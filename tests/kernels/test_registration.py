@@ -72,7 +72,7 @@ def loss_arguments(dtype: torch.dtype, with_gradient: bool) -> tuple[Any, ...]:
 
 def decoder_arguments(dtype: torch.dtype) -> tuple[Any, ...]:
     upsample_weight, upsample_bias, *small = flat(parameters())
-    return image(), tokens(dtype), upsample_weight, upsample_bias, small, PATCH, True
+    return image(), tokens(dtype), upsample_weight, upsample_bias, small, PATCH, "product", True
 
 
 def detached(argument: Any) -> Any:
@@ -104,10 +104,10 @@ class TestOpcheck:
     def test_decoder_backward(self, need_x_grad: bool) -> None:
         arguments = [detached(argument) for argument in decoder_arguments(torch.bfloat16)]
         velocity, *kept = fused_ops.pixel_decoder(*arguments)
-        x, condition, *parameters, patch_size, _ = arguments
+        x, condition, *parameters, patch_size, position, _ = arguments
         torch.library.opcheck(
             fused_ops.pixel_decoder_backward,
-            (velocity, x, condition, *kept, *parameters, patch_size, need_x_grad),
+            (velocity, x, condition, *kept, *parameters, patch_size, position, need_x_grad),
         )
 
 

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from deco_fast.data.folder import IMAGE_SUFFIXES
@@ -26,6 +27,10 @@ _log = logging.getLogger(__name__)
 
 INDEX_FOLDER = ".deco-index"
 
+# The last name of each is one that the published loader knows as well.
+_IMAGE_FIELDS = (*(suffix[1:] for suffix in IMAGE_SUFFIXES), "output_image")
+_CAPTION_FIELDS = ("txt", "input_prompt")
+
 # Shards are indexed side by side: on a network's disk each header costs a journey.
 _INDEXED_AT_ONCE = 8
 # Far below the 1,024 files that a process may commonly have open.
@@ -33,11 +38,12 @@ _OPEN_SHARDS = 256
 
 
 class ShardImages:
-    """Every labelled image of a set of shards: an `ImageSource`.
+    """Every labelled image of a set of shards: an `ImageSource`, or a `CaptionSource`.
 
-    A sample is what has one name up to the first dot, in a row: an image (.jpg, .png, …) and its
-    label, a number in a .cls, or `label` (or `cls`) in a .json. Other fields are passed over.
-    Images are ordered by shard and place. Indexing opens no image; a progress bar appears if it
+    A sample is what has one name up to the first dot, in a row: an image (.jpg, .png, …, or
+    .output_image) and its label, a number in a .cls, or `label` (or `cls`) in a .json; or its
+    caption, a .txt (or .input_prompt), as in BLIP3o's shards. Other fields are passed over. Images
+    are ordered by shard and place. Indexing opens no image; a progress bar appears if it
     takes longer than two seconds.
 
     A shard that is damaged gives the samples that can still be found in it. What is missing is
@@ -48,11 +54,12 @@ class ShardImages:
         index_folder: keeps the index of each shard, for the shard's size and time of change;
             None is the folder .deco-index beside the shard. Where it cannot be written, the
             index is made again each time, and a warning says so.
+        captions: look for captions and not for labels.
 
     Attributes:
         shards: the tar files.
         names: "SHARD/KEY.jpg".
-        labels: (images,) int64.
+        labels: (images,) int64; −1 where there is none, with captions.
         num_classes: the largest label + 1.
 
     Raises:
@@ -60,13 +67,17 @@ class ShardImages:
     """
 
     def __init__(
-        self, root: str | Sequence[str], index_folder: str | os.PathLike[str] | None = None
+        self,
+        root: str | Sequence[str],
+        index_folder: str | os.PathLike[str] | None = None,
+        *,
+        captions: bool = False,
     ) -> None:
         self.shards = find_shards(root)
         self.description = root if isinstance(root, str) else ", ".join(root)
         folder = None if index_folder is None else Path(index_folder)
         names: list[bytes] = []
-        columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        columns: list[tuple[np.ndarray, ...]] = []
         counts: list[int] = []
         lost: list[str] = []
         damaged: list[int] = []
@@ -74,9 +85,9 @@ class ShardImages:
         unlabelled = 0
         for number, index in enumerate(_indices(self.shards, folder)):
             shard = self.shards[number]
-            images = _Images(index, shard.name)
+            images = _Images(index, shard.name, captions)
             names += images.names
-            columns.append((images.offsets, images.sizes, images.labels))
+            columns.append((images.places, images.texts, images.labels))
             counts.append(len(images.names))
             unlabelled += images.unlabelled
             if index.damage is None:
@@ -87,16 +98,19 @@ class ShardImages:
             lost += images.lost
         if not names and unlabelled:
             raise UserError(
-                f"no image in {self.description} has a label: put KEY.cls with the number of the "
-                "class beside each KEY.jpg"
+                f"no image in {self.description} has a caption: put KEY.txt beside each KEY.jpg"
+                if captions
+                else f"no image in {self.description} has a label: put KEY.cls with the number of "
+                "the class beside each KEY.jpg"
             )
         if not names:
             reason = f" ({lost[0]})" if lost else ""
             raise UserError(
-                f"{self.description} has no images{reason}: a shard holds KEY.jpg and KEY.cls"
+                f"{self.description} has no images{reason}: a shard holds KEY.jpg and "
+                + ("KEY.txt" if captions else "KEY.cls")
             )
         self.names = Names(names)
-        self._offsets, self._sizes, self.labels = (
+        self._places, self._texts, self.labels = (
             torch.from_numpy(np.concatenate(parts)) for parts in zip(*columns, strict=True)
         )
         self._ends = np.cumsum(counts)
@@ -111,8 +125,19 @@ class ShardImages:
         Raises:
             OSError: it cannot be read.
         """
+        return self._read(index, self._places)
+
+    def caption(self, index: int) -> str:
+        """The caption of image `index`, where captions were looked for.
+
+        Raises:
+            OSError, UnicodeDecodeError: it cannot be read.
+        """
+        return self._read(index, self._texts).decode("utf-8-sig")
+
+    def _read(self, index: int, places: Tensor) -> bytes:
         shard = int(np.searchsorted(self._ends, index, side="right"))
-        size, offset = int(self._sizes[index]), int(self._offsets[index])
+        offset, size = places[index].tolist()
         file = self._files.open(self.shards[shard])
         file.seek(offset)
         content = file.read(size)
@@ -144,27 +169,43 @@ def index_share(
 class _Images:
     """What an index says of the images alone."""
 
-    def __init__(self, index: ShardIndex, shard: str) -> None:
-        count = len(index.keys)
-        column = np.full(count, -1)
-        # The last one written is the first of the list, which every sample should have.
-        for suffix in reversed(IMAGE_SUFFIXES):
-            if suffix[1:] in index.fields:
-                place = index.fields.index(suffix[1:])
-                column[index.offsets[:, place] >= 0] = place
+    def __init__(self, index: ShardIndex, shard: str, captions: bool) -> None:
+        column = _first_of(index, _IMAGE_FIELDS)
+        text = _first_of(index, _CAPTION_FIELDS)
         has_image = column >= 0
-        self.unlabelled = int((has_image & (index.labels < 0)).sum())
-        usable = np.flatnonzero(has_image & (index.labels >= 0))
-        self.offsets = index.offsets[usable, column[usable]]
-        self.sizes = index.sizes[usable, column[usable]]
+        has_label = text >= 0 if captions else index.labels >= 0
+        self.unlabelled = int((has_image & ~has_label).sum())
+        usable = np.flatnonzero(has_image & has_label)
+        self.places = _places(index, usable, column)
+        self.texts = _places(index, usable, text)
         self.labels = index.labels[usable]
         prefix = os.fsencode(shard) + b"/"
+        what = "caption" if captions else "label"
         endings = [b"." + os.fsencode(field) for field in index.fields]
         self.names = [prefix + index.keys[row] + endings[column[row]] for row in usable]
         self.lost = [
-            f"{os.fsdecode(prefix + index.keys[row])}: no {'label' if has_image[row] else 'image'}"
-            for row in np.flatnonzero(~(has_image & (index.labels >= 0)))
+            f"{os.fsdecode(prefix + index.keys[row])}: no {what if has_image[row] else 'image'}"
+            for row in np.flatnonzero(~(has_image & has_label))
         ]
+
+
+def _first_of(index: ShardIndex, fields: Sequence[str]) -> np.ndarray:
+    """Of each sample the column of the first of these fields that it has; -1 for none."""
+    column = np.full(len(index.keys), -1)
+    # The last one written is the first of the list, which every sample should have.
+    for field in reversed(fields):
+        if field in index.fields:
+            place = index.fields.index(field)
+            column[index.offsets[:, place] >= 0] = place
+    return column
+
+
+def _places(index: ShardIndex, rows: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """(offset, size) of a field of these samples, (rows, 2) int64."""
+    if not index.fields:
+        return np.empty((0, 2), dtype=np.int64)
+    chosen = column[rows]
+    return np.stack([index.offsets[rows, chosen], index.sizes[rows, chosen]], axis=1)
 
 
 def _indices(shards: Sequence[Path], folder: Path | None) -> Iterator[ShardIndex]:
