@@ -198,7 +198,9 @@ def test_strided_inputs(dtype: torch.dtype) -> None:
     strided = [torch.stack([t, torch.full_like(t, torch.nan)], dim=-1)[..., 0] for t in case.inputs]
     assert not any(t.is_contiguous() for t in strided if t.numel() > 1)
     case.grad_velocity = case.grad_velocity.mT.contiguous().mT
-    torch.testing.assert_close(case.cpp(strided), expected, rtol=1e-6, atol=1e-6)
+    # Libraries may take another product for strided operands, which rounds otherwise.
+    for result, contiguous in zip(case.cpp(strided), expected, strict=True):
+        assert relative_error(result, contiguous) < 1e-6
 
 
 @pytest.mark.usefixtures("instruction_set")
