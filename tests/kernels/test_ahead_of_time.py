@@ -39,6 +39,11 @@ SLOW = {
         "pixel_decoder_backward bfloat16 C=32 middle block",
         "pixel_decoder_backward bfloat16 C=32 last block",
         "pixel_decoder_fold bfloat16 C=32",
+        "qk_norm_rope_forward bf16 d=72",
+        "qk_norm_rope_backward bf16 d=72",
+        "norm_modulate_forward bf16 D=1152",
+        "norm_modulate_backward bf16 D=1152",
+        "norm_modulate_reduce bf16 D=1152",
     )
 }
 
@@ -60,8 +65,8 @@ def _case(capability: int, specialisation: Specialisation) -> object:
     return pytest.param(capability, specialisation, marks=marks, id=name)
 
 
-def test_both_fused_ops_are_checked() -> None:
-    assert {"flow_matching_loss", "pixel_decoder"} <= set(OPS)
+def test_all_fused_ops_are_checked() -> None:
+    assert {"flow_matching_loss", "pixel_decoder", "qk_norm_rope", "norm_modulate"} <= set(OPS)
     assert {(capability, s.name) for capability, s in CASES} >= QUICK | SLOW
 
 
