@@ -80,7 +80,7 @@ def pixel_decoder(
         tensor.requires_grad for tensor in (x, tokens, p.upsample_weight, p.upsample_bias, *small)
     )
     if trained and tokens.is_cuda and tokens.dtype == torch.float32 and not registry.is_forced():
-        return reference.pixel_decoder(x, tokens, parameters, patch_size)
+        return reference.pixel_decoder(x, tokens, parameters, patch_size, position)
     velocity, _, _ = fused_ops.pixel_decoder(
         *(x, tokens, p.upsample_weight, p.upsample_bias, small, patch_size),
         *(position, trained and keeps_block_inputs()),
