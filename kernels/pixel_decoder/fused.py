@@ -7,7 +7,6 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from deco_fast.kernels import registry
 from deco_fast.kernels.capability import is_foreign
 from deco_fast.kernels.memory import keeps_block_inputs
 from deco_fast.kernels.pixel_decoder import reference
@@ -42,6 +41,15 @@ def _exceeds_shared_memory(tokens: Tensor, parameters: PixelDecoderParameters) -
 
     major, minor = torch.cuda.get_device_capability(tokens.device)
     return not fits_shared_memory(64, torch.float32, 10 * major + minor)
+
+
+def _saves_no_time(tokens: Tensor) -> bool:
+    """Training in float32 on a GPU, unless the kernels were asked for by name."""
+    if not tokens.is_cuda or tokens.dtype != torch.float32:
+        return False
+    from deco_fast.kernels.registry import is_forced  # which imports this module
+
+    return not is_forced()
 
 
 def pixel_decoder(
@@ -79,7 +87,7 @@ def pixel_decoder(
     trained = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (x, tokens, p.upsample_weight, p.upsample_bias, *small)
     )
-    if trained and tokens.is_cuda and tokens.dtype == torch.float32 and not registry.is_forced():
+    if trained and _saves_no_time(tokens):
         return reference.pixel_decoder(x, tokens, parameters, patch_size, position)
     velocity, _, _ = fused_ops.pixel_decoder(
         *(x, tokens, p.upsample_weight, p.upsample_bias, small, patch_size),

@@ -259,20 +259,27 @@ def forward_kernel(
         for block in tl.static_range(NUM_BLOCKS):
             hoisted = hoisted + (_load_matrices(matrices, block, C),)  # noqa: RUF005 Triton's way
 
-    offset, exists = _place(start, num_patches, patches, patch_columns, P, BLOCK)
-    exists &= start < end
-    next_colors = _load_colors(x, offset, exists, plane)
-    next_y = _load_condition(y, start, exists, BLOCK, C)
+    # What the next tile needs is on its way while this one is computed, where there are registers
+    # for it.
+    AHEAD: tl.constexpr = y.dtype.element_ty != tl.float32
+    if AHEAD:
+        offset, exists = _place(start, num_patches, patches, patch_columns, P, BLOCK)
+        exists &= start < end
+        next_colors = _load_colors(x, offset, exists, plane)
+        next_y = _load_condition(y, start, exists, BLOCK, C)
     for index in range(0, tl.cdiv(end - start, programs)):
         tile = start + index * programs
-        # What the next tile needs is on its way while this one is computed.
-        colors, condition = next_colors, _activate(next_y, APPROXIMATE)
-        later = tile + programs
-        offset, exists = _place(later, num_patches, patches, patch_columns, P, BLOCK)
-        exists &= later < end
-        next_colors = _load_colors(x, offset, exists, plane)
-        next_y = _load_condition(y, later, exists, BLOCK, C)
+        if AHEAD:
+            colors, condition = next_colors, _activate(next_y, APPROXIMATE)
+            later = tile + programs
+            offset, exists = _place(later, num_patches, patches, patch_columns, P, BLOCK)
+            exists &= later < end
+            next_colors = _load_colors(x, offset, exists, plane)
+            next_y = _load_condition(y, later, exists, BLOCK, C)
         offset, exists = _place(tile, num_patches, patches, patch_columns, P, BLOCK)
+        if not AHEAD:
+            colors = _load_colors(x, offset, exists, plane)
+            condition = _activate(_load_condition(y, tile, exists, BLOCK, C), APPROXIMATE)
         if not HOIST_TABLE:
             table_tile = _load_table_tile(table, tile, P * P, BLOCK, C)
         h = _embed(colors, rgb_vectors, table_tile, C)
