@@ -95,7 +95,7 @@ def backward_kernel(
         g, n = next_g.to(tl.float32), next_x.to(tl.float32)
         # The next token's values are on their way while this one's are added up.
         later = place + WIDTH
-        exists = mask & (token + 1 < tl.minimum(first + TOKENS, tokens))
+        exists = column < tl.where(token + 1 < tl.minimum(first + TOKENS, tokens), WIDTH, 0)
         next_g = tl.load(grad + later, mask=exists, other=0)
         next_x = tl.load(x + later, mask=exists, other=0)
         n, rstd = _normalise(n, WIDTH, eps)
