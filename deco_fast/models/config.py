@@ -93,6 +93,19 @@ class DeCoConfig(NetworkConfig):
 
 
 @dataclass(frozen=True)
+class PixNerdConfig(DeCoConfig):
+    """Everything that determines PixNerd's parameters; `decoder_depth` counts its NerfBlocks.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    decoder_hidden_size: int = field(default=64, metadata={"help": "channels of the decoder"})
+    decoder_depth: int = field(default=2, metadata={"help": "NerfBlocks in the decoder"})
+    nerf_mlp_ratio: int = field(default=2, metadata={"help": "inner width of a NerfBlock's MLP"})
+
+
+@dataclass(frozen=True)
 class DeCoT2IConfig(NetworkConfig):
     """Everything that determines the parameters of the text-to-image DeCo.
 
@@ -111,14 +124,18 @@ class DeCoT2IConfig(NetworkConfig):
 
 
 def config_from_json(fields: dict[str, Any]) -> NetworkConfig:
-    """The configuration that `to_json` made these fields of: text models have a text_length.
+    """The configuration that `to_json` made these fields of.
+
+    Text models alone have a text_length, and PixNerd alone a nerf_mlp_ratio.
 
     Raises:
         ValueError: a field is unknown, missing or out of range.
     """
-    return (
-        DeCoT2IConfig.from_json(fields) if "text_length" in fields else DeCoConfig.from_json(fields)
-    )
+    if "text_length" in fields:
+        return DeCoT2IConfig.from_json(fields)
+    if "nerf_mlp_ratio" in fields:
+        return PixNerdConfig.from_json(fields)
+    return DeCoConfig.from_json(fields)
 
 
 def class_config(config: NetworkConfig, checkpoint: object) -> DeCoConfig:

@@ -39,7 +39,7 @@ class DeCo(DeCoNetwork):
         self.timestep_embedder = TimestepEmbedder(config.hidden_size)
         self.class_embedder = nn.Embedding(config.num_classes + 1, config.hidden_size)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
-        self.decoder = PixelDecoder(config)
+        self.decoder = self.make_decoder()
         nn.init.xavier_uniform_(self.patch_embedder.weight)
         nn.init.zeros_(self.patch_embedder.bias)
         nn.init.normal_(self.class_embedder.weight, std=config.class_embedding_std)
@@ -55,6 +55,10 @@ class DeCo(DeCoNetwork):
         if not isinstance(config, DeCoConfig):
             raise UserError(f"{name} draws from text: use DeCoT2I.from_preset")
         return cls(config, card)
+
+    def make_decoder(self) -> nn.Module:
+        """What `decode` is, freshly initialised: (x, tokens) → velocity."""
+        return PixelDecoder(self.config)
 
     def rotary_table(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
         return rotary_table(height, width, self.config.head_dim, device)

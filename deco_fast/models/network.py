@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from deco_fast.kernels.layout import patchify
 from deco_fast.models.card import ModelCard
 from deco_fast.models.config import NetworkConfig
-from deco_fast.models.decoder import PixelDecoder
 from deco_fast.models.embeddings import TimestepEmbedder
 
 
@@ -32,7 +31,7 @@ class DeCoNetwork(nn.Module):
     patch_embedder: nn.Linear
     timestep_embedder: TimestepEmbedder
     blocks: nn.ModuleList
-    decoder: PixelDecoder
+    decoder: nn.Module
 
     @property
     def dtype(self) -> torch.dtype:
