@@ -177,6 +177,8 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # not on Windows, which has no SIGTERM either
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_RESPITE_SECONDS))
+        # The fork server holds it back until a worker is ready for it.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     # torch's own watch looks at the parent's number, here the fork server's, which lives as long
     # as a worker does: after a kill -9 of the main process all of them would stay.
     threading.Thread(target=_follow_main_process, daemon=True).start()

@@ -13,3 +13,5 @@ import deco_fast.data  # noqa: F401
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 # Python restores this one, not its default, in each process that the server forks.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
+# Before a worker comes to its own settings torch has a SIGTERM end it: until then it has to wait.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
