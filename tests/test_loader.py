@@ -225,6 +225,28 @@ def test_workers_live_through_a_signal_to_all_processes(root: Path) -> None:
     wait_for_the_end_of(process.stdout)
 
 
+def test_a_sigterm_waits_for_a_worker_that_is_starting(tmp_path: Path) -> None:
+    """Torch has one end the worker, from its first moment on until our settings are there."""
+    file = tmp_path / "main.py"
+    file.write_text("""
+import os, signal
+from deco_fast.data.loader import _context
+def start():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(7)
+if __name__ == "__main__":
+    process = _context().Process(target=start)
+    process.start()
+    process.join()
+    print(process.exitcode)
+""")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(file)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert run.stdout.strip() == "7", run.stderr
+
+
 def is_running(process: int) -> bool:
     try:
         os.kill(process, 0)

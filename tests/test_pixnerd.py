@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import metadata, relative_error, tensors
+from golden import deco_config, metadata, relative_error, tensors
 from torch import Tensor
 
 from deco_fast import SamplingEngine, sample
 from deco_fast.checkpoint import load_checkpoint, save_checkpoint
+from deco_fast.errors import UserError
+from deco_fast.interop.convert import convert
 from deco_fast.interop.published import from_published
 from deco_fast.models.build import build_network
 from deco_fast.models.card import ModelCard, SamplingSettings
@@ -39,14 +41,7 @@ def golden_model() -> tuple[PixNerd, dict[str, str]]:
     """The network with the golden parameters, and our names by the published ones."""
     published = metadata(GOLDEN)["config"]
     config = PixNerdConfig(
-        hidden_size=published["hidden_size"],
-        depth=published["num_cond_blocks"],
-        num_heads=published["num_groups"],
-        patch_size=published["patch_size"],
-        decoder_hidden_size=published["hidden_size_x"],
-        decoder_depth=published["num_blocks"] - published["num_cond_blocks"],
-        num_classes=published["num_classes"],
-        nerf_mlp_ratio=published["nerf_mlpratio"],
+        **deco_config(published).to_json(), nerf_mlp_ratio=published["nerf_mlpratio"]
     )
     model = build_network(config)
     assert isinstance(model, PixNerd)
@@ -112,13 +107,26 @@ def test_engine_draws_what_the_plain_loop_draws() -> None:
     assert relative_error(engine(noise, [0, 2]), expected) < TOLERANCE
 
 
-def test_a_saved_checkpoint_opens_as_pixnerd(tmp_path: Path) -> None:
-    model, _ = golden_model()
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A checkpoint of the golden model."""
     card = ModelCard(name="pixnerd", height=64, width=64)
-    save_checkpoint(tmp_path / "pixnerd", model=None, ema=model, card=card)
-    loaded = load_checkpoint(tmp_path / "pixnerd")
+    return save_checkpoint(tmp_path / "pixnerd", model=None, ema=golden_model()[0], card=card)
+
+
+def test_a_saved_checkpoint_opens_as_pixnerd(saved: Path) -> None:
+    model, _ = golden_model()
+    loaded = load_checkpoint(saved)
     assert isinstance(loaded, PixNerd) and loaded.config == model.config
     golden = tensors(GOLDEN)
     x, t, y = (golden[f"sq.in.{key}"] for key in "xty")
     with torch.no_grad():
         assert torch.equal(loaded(x, t, y), model(x, t, y))
+
+
+def test_another_layout_or_preset_is_refused_in_one_line(saved: Path) -> None:
+    with pytest.raises(UserError, match="a PixNerd model, and only DeCo is written") as caught:
+        convert(saved, saved.parent / "pixnerd.ckpt")
+    assert "\n" not in str(caught.value) and not (saved.parent / "pixnerd.ckpt").exists()
+    with pytest.raises(UserError, match=r"nerf_mlp_ratio 2 and not None"):
+        load_checkpoint(saved, preset="deco-l")

@@ -169,7 +169,7 @@ def _compare(
     remedy: str = "name another checkpoint",
 ) -> None:
     differences = _differences(config, expected)
-    if type(config) is not type(expected):
+    if isinstance(config, DeCoT2IConfig) != isinstance(expected, DeCoT2IConfig):
         condition = "text" if isinstance(config, DeCoT2IConfig) else "class labels"
         raise UserError(f"{path} draws from {condition}, unlike {what}: {remedy}")
     if differences:

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from deco_fast.kernels.layout import from_pixels, to_pixels
 from deco_fast.kernels.pixel_decoder.reference import POSITION_FEATURES, pixel_position_features
 from deco_fast.models.card import ModelCard
+from deco_fast.models.class_conditional import ClassConditional
 from deco_fast.models.config import PixNerdConfig
-from deco_fast.models.deco import DeCo
 from deco_fast.models.norm import RMSNorm
-
-_NORMALISE_EPS = 1e-12
 
 
 class NerfBlock(nn.Module):
@@ -33,12 +31,8 @@ class NerfBlock(nn.Module):
     def forward(self, x: Tensor, token: Tensor) -> Tensor:
         """Pixels x (N, p², C) under their patches' tokens (N, D) to (N, p², C)."""
         w1, w2 = self.param_generator(token).chunk(2, dim=-1)
-        w1 = F.normalize(
-            w1.unflatten(-1, (self.channels, self.inner_size)), dim=-2, eps=_NORMALISE_EPS
-        )
-        w2 = F.normalize(
-            w2.unflatten(-1, (self.inner_size, self.channels)), dim=-2, eps=_NORMALISE_EPS
-        )
+        w1 = F.normalize(w1.unflatten(-1, (self.channels, self.inner_size)), dim=-2)
+        w2 = F.normalize(w2.unflatten(-1, (self.inner_size, self.channels)), dim=-2)
         return x + torch.bmm(F.silu(torch.bmm(self.norm(x), w1)), w2)
 
 
@@ -71,8 +65,8 @@ class NerfDecoder(nn.Module):
         return from_pixels(velocity, x.shape[-2], x.shape[-1], self.patch_size)
 
 
-class PixNerd(DeCo):
-    """Class-conditional PixNerd: `decode(x, encode(x, t, y))` is the velocity, as DeCo's is."""
+class PixNerd(ClassConditional):
+    """Class-conditional PixNerd: `decode(x, encode(x, t, y))` is the velocity, zero at first."""
 
     config: PixNerdConfig
 

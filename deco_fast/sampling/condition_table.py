@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deco_fast.conditioning.qwen3 import EncodeText
-from deco_fast.models.deco import DeCo
+from deco_fast.models.class_conditional import ClassConditional
 from deco_fast.models.deco_t2i import DeCoT2I
 from deco_fast.models.dit import DiTBlock, JointBlock
 from deco_fast.models.network import DeCoNetwork
@@ -77,7 +77,9 @@ class ClassTable:
         max_bytes: of memory for the table; it then holds fewer evaluations at a time, at least one.
     """
 
-    def __init__(self, model: DeCo, times: Tensor, max_labels: int, max_bytes: int) -> None:
+    def __init__(
+        self, model: ClassConditional, times: Tensor, max_labels: int, max_bytes: int
+    ) -> None:
         config = model.config
         self._model = model
         self.unconditional: Condition = config.num_classes
@@ -237,7 +239,7 @@ def condition_table(
         if encode_text is None:
             raise ValueError("a text model needs encode_text, see Qwen3TextEncoder")
         return TextTable(model, times, distinct + 1, max_bytes, encode_text)
-    assert isinstance(model, DeCo)
+    assert isinstance(model, ClassConditional)
     if encode_text is not None:
         raise ValueError("encode_text is for a text model: this one draws from class labels")
     return ClassTable(model, times, min(distinct, model.config.num_classes) + 1, max_bytes)
