@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -143,7 +144,7 @@ def test_training_step(
     def build(variant: Variant) -> Subject:
         step, source = training(), batches()
         gradients: dict[str, Tensor] = {}
-        calls, waited = 0, 0.0
+        waits: list[float] = []
 
         @variant.compile
         def losses(*inputs: Tensor) -> dict[str, Tensor]:
@@ -156,11 +157,9 @@ def test_training_step(
                     gradients[f"gradient of {key}"] = parameter.grad
 
         def run() -> dict[str, Tensor]:
-            nonlocal calls, waited
             asked = time.perf_counter()
             batch = next(source)
-            waited += time.perf_counter() - asked
-            calls += 1
+            waits.append(time.perf_counter() - asked)
             step.network, step.features = losses, encoder(variant.compiled)
             step.objective.bf16 = variant.precision.autocast
             hook = step.optimizer.register_step_pre_hook(keep)
@@ -173,7 +172,7 @@ def test_training_step(
             gradients.clear()
             return results
 
-        return Subject(run, tuple(step.objective.parameters()), lambda: waited / calls)
+        return Subject(run, tuple(step.objective.parameters()), lambda: statistics.median(waits))
 
     # Weights, two moments and the average; gradients come and go with the step.
     held = 4 * FLOAT32_BYTES * parameter_count(model_config)
