@@ -35,8 +35,8 @@ class Subject:
     Attributes:
         run: one call of the task; returns its results by name.
         held: weights and inputs, which are in memory anyway.
-        waited: the median of the seconds that a call has waited for data; None where it needs none. The
-            first call waits for the workers to start.
+        waited: the median of the seconds that a call has waited for data (the first one waits for
+            the workers to start); None where it needs none.
     """
 
     run: Callable[[], dict[str, Tensor]]

@@ -36,7 +36,7 @@ from deco_fast.conditioning.qwen3 import EncodeText
 from deco_fast.guidance import guide
 from deco_fast.models.build import build_network
 from deco_fast.models.card import SamplingSettings
-from deco_fast.models.config import DeCoConfig, DeCoT2IConfig, NetworkConfig
+from deco_fast.models.config import ClassConfig, DeCoT2IConfig, NetworkConfig
 from deco_fast.models.deco_t2i import DeCoT2I
 from deco_fast.models.network import DeCoNetwork
 from deco_fast.models.presets import PRESETS
@@ -92,7 +92,7 @@ def test_sampling(
     device = settings.device
     noise = normal(batch, 3, card.height, card.width).to(device)
     conditions, condition, uncondition = _conditions(config, batch, device)
-    encode_text = None if isinstance(config, DeCoConfig) else _encode_text(condition, uncondition)
+    encode_text = None if isinstance(config, ClassConfig) else _encode_text(condition, uncondition)
     # Of the text model's own solver every step costs the same as Euler's.
     recipe = replace(card.sampling, steps=steps, solver="euler")
     if everywhere:
@@ -186,7 +186,7 @@ def _conditions(
 ) -> tuple[list[Condition], Tensor, Tensor]:
     """The classes in turn, or one prompt for all: for the engine, then as the model takes them, and
     what the unconditional half takes."""
-    if isinstance(config, DeCoConfig):
+    if isinstance(config, ClassConfig):
         labels = torch.arange(batch, device=device) % config.num_classes
         null = torch.tensor([config.num_classes], device=device)
         return labels.tolist(), labels, null

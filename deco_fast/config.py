@@ -28,7 +28,16 @@ from deco_fast.flow import TimestepDistribution, TimestepWeight
 from deco_fast.guidance import check_interval
 from deco_fast.losses import FrequencyMode
 from deco_fast.models.card import ModelCard, SamplingSettings
-from deco_fast.models.config import DeCoConfig, DeCoT2IConfig
+from deco_fast.models.config import (
+    NETWORKS,
+    ClassConfig,
+    DeCoConfig,
+    DeCoT2IConfig,
+    PixDDTConfig,
+    PixelDiTConfig,
+    PixNerdConfig,
+    network_of,
+)
 from deco_fast.models.presets import preset
 from deco_fast.resources import config_folder
 from deco_fast.solvers import check_solver, time_grid
@@ -177,11 +186,9 @@ class OutputConfig(_Section):
     )
 
 
-def _kind_of_model(value: Any) -> str:
-    """Text models have fields that begin with text_."""
-    if isinstance(value, dict):
-        return "text" if any(str(key).startswith("text_") for key in value) else "class"
-    return "text" if isinstance(value, DeCoT2IConfig) else "class"
+def _network_of(value: Any) -> str:
+    """The tag of the union below."""
+    return network_of(value if isinstance(value, dict) else value.to_json())
 
 
 class RunConfig(_Section):
@@ -189,8 +196,12 @@ class RunConfig(_Section):
 
     name: str = Field(description="of the run and its folder")
     model: Annotated[
-        Annotated[DeCoConfig, Tag("class")] | Annotated[DeCoT2IConfig, Tag("text")],
-        Discriminator(_kind_of_model),
+        Annotated[DeCoConfig, Tag("deco")]
+        | Annotated[DeCoT2IConfig, Tag("deco-t2i")]
+        | Annotated[PixelDiTConfig, Tag("pixel-dit")]
+        | Annotated[PixNerdConfig, Tag("pixnerd")]
+        | Annotated[PixDDTConfig, Tag("pixddt")],
+        Discriminator(_network_of),
     ] = Field(description="the network; `preset: NAME` fills in a named one")
     data: DataConfig = Field(default_factory=DataConfig)
     flow: FlowConfig = Field(default_factory=FlowConfig)
@@ -230,7 +241,7 @@ class RunConfig(_Section):
             raise ValueError("data.skip_small and data.crop are for text models: leave them out")
         if (
             built_in is not None
-            and isinstance(self.model, DeCoConfig)
+            and isinstance(self.model, ClassConfig)
             and self.model.num_classes != built_in
         ):
             raise ValueError(
@@ -268,6 +279,7 @@ class RunConfig(_Section):
             height=self.data.height,
             width=self.data.width,
             sampling=self.sampling,
+            prediction=getattr(self.model, "prediction", "velocity"),
             text_encoder=self.text.encoder if isinstance(self.model, DeCoT2IConfig) else None,
             step=step,
         )
@@ -366,9 +378,12 @@ def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     place = [str(part) for part in first["loc"] if not str(part).startswith("function")]
     if place[:1] == ["model"]:
-        place = [part for part in place if part not in ("class", "text")]  # the union's tags
+        place = [part for part in place if part not in NETWORKS]  # the union's tags
     key = ".".join(place)
     value = first.get("input")
+    if first["type"] == "union_tag_invalid":
+        name = str(first["ctx"]["tag"])
+        return f"model.network: there is no '{name}'{nearest(name, NETWORKS)}"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key '{key}'{nearest(key, _keys())}"
     if first["type"] in ("missing", "missing_argument"):

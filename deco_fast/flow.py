@@ -33,6 +33,21 @@ def velocity(x: Tensor, noise: Tensor) -> Tensor:
     return x - noise
 
 
+VELOCITY_TIME_FLOOR = 0.05
+"""The least 1 − t that an image is divided by on its way to a velocity."""
+
+
+def image_to_velocity(image: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """(image − x_t) / max(1 − t, 0.05): the velocity that leads from x_t to the image (JiT, B.7).
+
+    Args:
+        image: clean images (B, …), predicted or real.
+        x_t: noisy images (B, …), in the dtype that the difference is wanted in.
+        t: times (B,) in [0, 1].
+    """
+    return (image - x_t) / (1 - _column(t, x_t)).clamp(min=VELOCITY_TIME_FLOOR)
+
+
 def shift_time(t: Time, time_shift: float) -> Time:
     """t / (t + (1 − t)·time_shift): above 1 towards noise, below 1 towards data, 0 and 1 fixed.
 

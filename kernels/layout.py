@@ -14,6 +14,18 @@ def patchify(x: Tensor, patch_size: int) -> Tensor:
     return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
 
 
+def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:
+    """The inverse of `patchify`: (B, L, C·p²) to (B, C, H, W)."""
+    return rearrange(
+        tokens,
+        "b (h w) (c p q) -> b c (h p) (w q)",
+        h=height // patch_size,
+        w=width // patch_size,
+        p=patch_size,
+        q=patch_size,
+    )
+
+
 def to_pixels(x: Tensor, patch_size: int) -> Tensor:
     """Image (B, C, H, W) to the decoder's rows of pixels (B·L, p², C), channels last."""
     return rearrange(x, "b c (h p) (w q) -> (b h w) (p q) c", p=patch_size, q=patch_size)

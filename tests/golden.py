@@ -7,6 +7,7 @@ them where they are absent is skipped. Nothing here is read before a test asks f
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deco_fast.interop.published import from_published, to_published
+from deco_fast.interop.published import from_published
 from deco_fast.models.build import build_network
-from deco_fast.models.config import DeCoConfig, DeCoT2IConfig, NetworkConfig
+from deco_fast.models.config import (
+    DeCoConfig,
+    DeCoT2IConfig,
+    NetworkConfig,
+    PixelDiTConfig,
+    PixNerdConfig,
+)
 from deco_fast.models.network import DeCoNetwork
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "golden"
@@ -60,7 +67,7 @@ def document(name: str) -> Any:
 
 
 def deco_config(published: dict[str, int]) -> NetworkConfig:
-    """Our configuration of a published DeCo; its `num_blocks` counts both kinds of block (B.5)."""
+    """Our configuration of a published network; `num_blocks` counts both kinds of block (B.5)."""
     if "txt_max_length" in published:
         return DeCoT2IConfig(
             hidden_size=published["hidden_size"],
@@ -74,33 +81,61 @@ def deco_config(published: dict[str, int]) -> NetworkConfig:
             text_size=published["txt_embed_dim"],
             text_length=published["txt_max_length"],
         )
-    return DeCoConfig(
-        hidden_size=published["hidden_size"],
-        depth=published["num_cond_blocks"],
-        num_heads=published["num_groups"],
-        patch_size=published["patch_size"],
-        decoder_hidden_size=published["hidden_size_x"],
-        decoder_depth=published["num_blocks"] - published["num_cond_blocks"],
-        num_classes=published["num_classes"],
-        in_channels=published["in_channels"],
-    )
+    common = {
+        "hidden_size": published["hidden_size"],
+        "num_heads": published["num_groups"],
+        "patch_size": published["patch_size"],
+        "num_classes": published["num_classes"],
+        "in_channels": published["in_channels"],
+    }
+    if "num_cond_blocks" not in published:
+        return PixelDiTConfig(depth=published["num_blocks"], **common)
+    common |= {
+        "depth": published["num_cond_blocks"],
+        "decoder_hidden_size": published["hidden_size_x"],
+        "decoder_depth": published["num_blocks"] - published["num_cond_blocks"],
+    }
+    if "nerf_mlpratio" in published:
+        return PixNerdConfig(nerf_mlp_ratio=published["nerf_mlpratio"], **common)
+    return DeCoConfig(**common)
 
 
-def our_name(published: str) -> str:
-    """Our name of a published DeCo tensor, which must exist."""
+def our_name(published: str, depth: int | None = None) -> str:
+    """Our name of a published tensor, which must exist.
+
+    Args:
+        published: of DeCo or of a baseline.
+        depth: of the DiT of a PixNerd, whose NerfBlocks follow the DiT's in one list.
+    """
+    if match := re.fullmatch(r"blocks\.(\d+)\.(param_generator1\.0|norm)\.(\w+)", published):
+        index, layer, leaf = match.groups()
+        assert depth is not None, f"{published}: how deep is the DiT?"
+        return f"decoder.blocks.{int(index) - depth}.{layer.partition('1')[0]}.{leaf}"
+    if match := re.fullmatch(r"final_layer\.(linear|norm)\.(\w+)", published):
+        layer, leaf = match.groups()
+        return f"decoder.{'output' if layer == 'linear' else layer}.{leaf}"
+    if match := re.fullmatch(
+        r"(final_layer\.adaLN_modulation\.0|x_embedder\.proj)\.(\w+)", published
+    ):
+        layer, leaf = match.groups()
+        return f"{'patch_embedder' if layer == 'x_embedder.proj' else 'modulation'}.{leaf}"
     name = from_published(published)
     assert name is not None, f"{published} has no counterpart"
     return name
 
 
+def our_names(name: str) -> dict[str, str]:
+    """Our names of the parameters of `<name>.safetensors`, by the published ones."""
+    depth = deco_config(metadata(name)["config"]).depth
+    parameters = [key.removeprefix("param.") for key in tensors(name) if key.startswith("param.")]
+    return {published: our_name(published, depth) for published in parameters}
+
+
 def load_model(name: str) -> DeCoNetwork:
     """A new network with the parameters of `<name>.safetensors`."""
     model = build_network(deco_config(metadata(name)["config"]))
-    parameters = {
-        our_name(key.removeprefix("param.")): value
-        for key, value in tensors(name).items()
-        if key.startswith("param.")
-    }
+    stored = tensors(name)
+    parameters = {ours: stored[f"param.{published}"] for published, ours in our_names(name).items()}
     model.load_state_dict(parameters, strict=True)
     return model
 
@@ -113,10 +148,17 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
-def gradient_norms(model: torch.nn.Module) -> Tensor:
-    """The norm of every parameter's gradient, in the order of the published names, float64."""
+def gradient_norms(model: torch.nn.Module, name: str) -> Tensor:
+    """The norm of every parameter's gradient, in the order of the published names, float64.
+
+    Args:
+        model: with the parameters of `<name>.safetensors`.
+        name: of that file.
+    """
     norms = {}
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, f"{name} has no gradient"
-        norms[to_published(name)] = parameter.grad.double().norm()
-    return torch.stack([norms[name] for name in sorted(norms)])
+    for ours, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{ours} has no gradient"
+        norms[ours] = parameter.grad.double().norm()
+    names = our_names(name)
+    assert norms.keys() == set(names.values())
+    return torch.stack([norms[names[published]] for published in sorted(names)])

@@ -16,12 +16,13 @@ from deco_fast.models.deco_t2i import DeCoT2I
 from deco_fast.models.presets import PRESETS
 
 
-@pytest.fixture(scope="module", params=["c2i_deco", "t2i_deco"])
+@pytest.fixture(scope="module", params=["c2i_deco", "t2i_deco", "c2i_baseline", "c2i_pixnerd"])
 def golden(request: pytest.FixtureRequest) -> tuple[NetworkConfig, dict[str, dict[str, float]]]:
     statistics = document("init_stats")[request.param]
+    config = deco_config(statistics["config"])
     return (
-        deco_config(statistics["config"]),
-        {our_name(name): stats for name, stats in statistics["params"].items()},
+        config,
+        {our_name(name, config.depth): stats for name, stats in statistics["params"].items()},
     )
 
 

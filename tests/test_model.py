@@ -77,6 +77,7 @@ def inputs(batch: int = 2, height: int = 8, width: int = 12) -> tuple[Tensor, Te
 class Run:
     """One golden case, and the same computed by our network."""
 
+    name: str
     model: DeCoNetwork
     case: str
     golden: dict[str, Tensor]
@@ -108,7 +109,7 @@ def run(request: pytest.FixtureRequest) -> Run:
     (velocity * g).sum().backward()
     assert x.grad is not None
     stride = metadata(name)["grad_row_stride"]
-    return Run(model, case, golden, stride, velocity, tokens, blocks, x.grad, y.grad)
+    return Run(name, model, case, golden, stride, velocity, tokens, blocks, x.grad, y.grad)
 
 
 def test_velocity_equals_golden(run: Run) -> None:
@@ -169,7 +170,7 @@ def test_refined_text_equals_golden(run: Run) -> None:
 
 
 def test_norm_of_every_gradient_equals_golden(run: Run) -> None:
-    norms = gradient_norms(run.model)
+    norms = gradient_norms(run.model, run.name)
     expected = run.expected("grad.norms")
     assert norms.shape == expected.shape
     assert ((norms - expected).abs() / expected).max() <= TOLERANCE
@@ -227,7 +228,7 @@ def test_pure_bf16_forward_and_backward(name: str) -> None:
     assert x.grad is not None
     similarity = F.cosine_similarity(x.grad.float().flatten(), golden["sq.grad.x"].flatten(), 0)
     assert similarity > 0.999
-    norms, expected = gradient_norms(model), golden["sq.grad.norms"]
+    norms, expected = gradient_norms(model, name), golden["sq.grad.norms"]
     assert ((norms - expected).abs() / expected).max() < 0.1
 
 

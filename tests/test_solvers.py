@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deco_fast import DeCo, DeCoConfig, sample
+from deco_fast.flow import image_to_velocity
 from deco_fast.guidance import guidance_active, guide
 from deco_fast.solvers import adams_coefficients, check_solver, solve, time_grid
 
@@ -118,6 +119,27 @@ def test_trajectories_on_the_golden_grid(kind: str, setting: Setting) -> None:
     if solver != "adams":
         assert relative_error(states[0], golden[f"{run}.x1"]) <= 1e-12
         assert relative_error(states[(setting.steps + 1) // 2 - 1], golden[f"{run}.xmid"]) <= 1e-12
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name("")[1:])
+def test_a_network_that_predicts_the_image_equals_golden(setting: Setting) -> None:
+    """EulerSamplerJiT: the conversion comes before guidance."""
+    golden, run = tensors("samplers"), setting.name("euler_jit")
+
+    def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return image_to_velocity(toy_network(x, t, y), x, t)
+
+    images = sample(
+        velocity,
+        golden["noise"].double(),
+        golden["cond"].double(),
+        golden["uncond"].double(),
+        steps=setting.steps,
+        guidance_scale=setting.guidance_scale,
+        guidance_interval=setting.interval,
+        time_shift=setting.time_shift,
+    )
+    assert relative_error(images, golden[f"f64.{run}.x"]) <= 1e-6
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name("")[1:])

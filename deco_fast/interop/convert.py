@@ -17,7 +17,7 @@ from deco_fast.checkpoint.source import MissingWeightsError, Source
 from deco_fast.errors import UserError
 from deco_fast.interop import published
 from deco_fast.interop.progress import written_bytes_bar
-from deco_fast.models.config import DeCoConfig, DeCoT2IConfig, NetworkConfig, PixNerdConfig
+from deco_fast.models.config import DeCoConfig, DeCoT2IConfig, NetworkConfig
 
 _LIGHTNING_VERSION = "2.5.0"
 """Lightning refuses a file that does not name the version it was written with."""
@@ -62,10 +62,10 @@ def convert(
     if first.is_published == (destination.suffix == ".ckpt") and not to_one_file:
         layout = "published" if first.is_published else "deco_fast's own"
         raise UserError(f"{source} and {destination} are both in {layout} layout: copy it instead")
-    if isinstance(first.config, PixNerdConfig) and destination.suffix == ".ckpt":
+    if not published.has_layout(first.config) and destination.suffix == ".ckpt":
         raise UserError(
-            f"{source} is a PixNerd model, and only DeCo is written in the published layout: "
-            "name a folder or a .safetensors file"
+            f"{source} is no DeCo as published ({first.config.kind}), and nothing else is "
+            "written in the published layout: name a folder or a .safetensors file"
         )
     if destination.exists() and not force:
         raise UserError(f"{destination} exists: choose another name, or replace it with --force")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from math import isqrt
+from typing import Any
 
 from deco_fast.models.config import DeCoConfig, DeCoT2IConfig, NetworkConfig
 
@@ -92,6 +93,12 @@ def to_published(name: str) -> str:
     return translated
 
 
+def has_layout(config: NetworkConfig) -> bool:
+    """Whether networks of this configuration have a published layout that is known here."""
+    is_deco = isinstance(config, DeCoConfig) and config.decoder_conditioning == "adaln"
+    return is_deco or isinstance(config, DeCoT2IConfig)
+
+
 def other_network(names: Iterable[str]) -> str | None:
     """Which other published network these tensors (names without prefix) are of, if any."""
     names = list(names)
@@ -149,7 +156,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> NetworkConfig:
         )
     if hidden_size % head_dim:
         raise ValueError(f"heads of {head_dim} channels do not divide a width of {hidden_size}")
-    common: dict[str, int] = {
+    common: dict[str, Any] = {
         "hidden_size": hidden_size,
         "depth": _count(shapes, "blocks."),
         "num_heads": hidden_size // head_dim,

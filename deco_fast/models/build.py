@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from deco_fast.models.card import ModelCard
-from deco_fast.models.config import DeCoConfig, DeCoT2IConfig, NetworkConfig, PixNerdConfig
+from deco_fast.models.config import (
+    DeCoConfig,
+    DeCoT2IConfig,
+    NetworkConfig,
+    PixDDTConfig,
+    PixelDiTConfig,
+    PixNerdConfig,
+)
 from deco_fast.models.deco import DeCo
 from deco_fast.models.deco_t2i import DeCoT2I
 from deco_fast.models.network import DeCoNetwork
+from deco_fast.models.pix_ddt import PixDDT
+from deco_fast.models.pixel_dit import PixelDiT
 from deco_fast.models.pixnerd import PixNerd
 
 
 def build_network(config: NetworkConfig, card: ModelCard | None = None) -> DeCoNetwork:
-    """A freshly initialised network: `DeCo` or `PixNerd` for class labels, `DeCoT2I` for text."""
-    if isinstance(config, DeCoT2IConfig):
-        return DeCoT2I(config, card)
-    if isinstance(config, PixNerdConfig):
-        return PixNerd(config, card)
-    assert isinstance(config, DeCoConfig)
-    return DeCo(config, card)
+    """A freshly initialised network: DeCo or a baseline for class labels, `DeCoT2I` for text."""
+    match config:
+        case DeCoConfig():
+            return DeCo(config, card)
+        case DeCoT2IConfig():
+            return DeCoT2I(config, card)
+        case PixelDiTConfig():
+            return PixelDiT(config, card)
+        case PixNerdConfig():
+            return PixNerd(config, card)
+        case PixDDTConfig():
+            return PixDDT(config, card)
+    raise TypeError(f"{type(config).__name__} is no network's configuration")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deco_fast.models.card import ModelCard
-from deco_fast.models.config import DeCoConfig
+from deco_fast.models.config import ClassConfig
 from deco_fast.models.dit import DiTBlock
 from deco_fast.models.embeddings import TimestepEmbedder, rotary_table
 from deco_fast.models.network import DeCoNetwork
@@ -24,9 +24,9 @@ class ClassConditional(DeCoNetwork):
         card: what the tensors cannot tell, where it is known.
     """
 
-    config: DeCoConfig
+    config: ClassConfig
 
-    def __init__(self, config: DeCoConfig, card: ModelCard | None = None) -> None:
+    def __init__(self, config: ClassConfig, card: ModelCard | None = None) -> None:
         super().__init__()
         self.config = config
         self.card = card
@@ -42,7 +42,7 @@ class ClassConditional(DeCoNetwork):
         nn.init.normal_(self.class_embedder.weight, std=config.class_embedding_std)
 
     def make_decoder(self) -> nn.Module:
-        """A new decoder, of which `decode` is made: x (B, C, H, W), tokens (B, L, D) → velocity."""
+        """A new decoder, which `decode` calls: x (B, C, H, W), tokens (B, L, D) → prediction."""
         raise NotImplementedError
 
     def rotary_table(self, height: int, width: int, device: torch.device | None = None) -> Tensor:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from deco_fast.errors import UserError
+from deco_fast.errors import UserError, nearest
 
 Config = TypeVar("Config", bound="NetworkConfig")
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """What the class and the text model have in common.
+    """What all networks have: a DiT over patches.
+
+    The classes of single networks add `network`, the name that configurations know them by.
 
     Raises:
         ValueError: a field is out of range.
@@ -25,8 +28,6 @@ class NetworkConfig:
     depth: int = field(metadata={"help": "DiT blocks"})
     num_heads: int = field(metadata={"help": "attention heads"})
     patch_size: int = field(default=16, metadata={"help": "side of a patch in pixels"})
-    decoder_hidden_size: int = field(default=32, metadata={"help": "channels of the pixel decoder"})
-    decoder_depth: int = field(default=3, metadata={"help": "AdaLN-Zero blocks in the decoder"})
     in_channels: int = field(default=3, metadata={"help": "image channels"})
 
     def __post_init__(self) -> None:
@@ -38,6 +39,11 @@ class NetworkConfig:
                 f"hidden_size {self.hidden_size} must be a multiple of 4 × num_heads "
                 f"({self.num_heads}): rotary embedding turns the channels of a head in fours"
             )
+
+    @property
+    def kind(self) -> str:
+        """The name of the network, a key of `NETWORKS`."""
+        return str(getattr(self, "network"))  # noqa: B009  a field of the subclasses alone
 
     @property
     def head_dim(self) -> int:
@@ -67,10 +73,16 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True)
-class DeCoConfig(NetworkConfig):
-    """Everything that determines DeCo's parameters; what they cannot tell is in `ModelCard`.
+class PixelDecoderConfig(NetworkConfig):
+    """A network whose decoder has channels of its own for each pixel."""
 
-    Labels are 0 … num_classes − 1, and num_classes itself is the null class.
+    decoder_hidden_size: int = field(default=32, metadata={"help": "channels of the pixel decoder"})
+    decoder_depth: int = field(default=3, metadata={"help": "blocks of the decoder"})
+
+
+@dataclass(frozen=True)
+class ClassConfig(NetworkConfig):
+    """A network for class labels: 0 … num_classes − 1, and num_classes itself is the null class.
 
     Raises:
         ValueError: a field is out of range.
@@ -92,8 +104,27 @@ class DeCoConfig(NetworkConfig):
         return 2 * (4 * self.hidden_size) // 3
 
 
+def _network(name: str) -> Any:
+    return field(default=name, metadata={"help": "deco, deco-t2i, pixel-dit, pixnerd or pixddt"})
+
+
 @dataclass(frozen=True)
-class PixNerdConfig(DeCoConfig):
+class DeCoConfig(ClassConfig, PixelDecoderConfig):
+    """Everything that determines DeCo's parameters; what they cannot tell is in `ModelCard`.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    decoder_conditioning: Literal["adaln", "concat"] = field(
+        default="adaln",
+        metadata={"help": "adaln, or concat: the UNet-style stacking of the paper's ablation"},
+    )
+    network: Literal["deco"] = _network("deco")
+
+
+@dataclass(frozen=True)
+class PixNerdConfig(ClassConfig, PixelDecoderConfig):
     """Everything that determines PixNerd's parameters; `decoder_depth` counts its NerfBlocks.
 
     Raises:
@@ -103,10 +134,37 @@ class PixNerdConfig(DeCoConfig):
     decoder_hidden_size: int = field(default=64, metadata={"help": "channels of the decoder"})
     decoder_depth: int = field(default=2, metadata={"help": "NerfBlocks in the decoder"})
     nerf_mlp_ratio: int = field(default=2, metadata={"help": "inner width of a NerfBlock's MLP"})
+    network: Literal["pixnerd"] = _network("pixnerd")
 
 
 @dataclass(frozen=True)
-class DeCoT2IConfig(NetworkConfig):
+class PixelDiTConfig(ClassConfig):
+    """Everything that determines the pixel DiT, the paper's baseline, and with "image" JiT.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    prediction: Literal["velocity", "image"] = field(
+        default="velocity", metadata={"help": "what a pixel DiT predicts; image is JiT"}
+    )
+    network: Literal["pixel-dit"] = _network("pixel-dit")
+
+
+@dataclass(frozen=True)
+class PixDDTConfig(ClassConfig):
+    """Everything that determines PixDDT's parameters.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    decoder_depth: int = field(default=3, metadata={"help": "blocks of the velocity decoder"})
+    network: Literal["pixddt"] = _network("pixddt")
+
+
+@dataclass(frozen=True)
+class DeCoT2IConfig(PixelDecoderConfig):
     """Everything that determines the parameters of the text-to-image DeCo.
 
     Raises:
@@ -116,6 +174,7 @@ class DeCoT2IConfig(NetworkConfig):
     text_depth: int = field(default=4, metadata={"help": "blocks that refine the text"})
     text_size: int = field(default=2048, metadata={"help": "channels of the text features"})
     text_length: int = field(default=128, metadata={"help": "text tokens, padding included"})
+    network: Literal["deco-t2i"] = _network("deco-t2i")
 
     @property
     def mlp_hidden_size(self) -> int:
@@ -123,22 +182,39 @@ class DeCoT2IConfig(NetworkConfig):
         return 4 * self.hidden_size
 
 
+NETWORKS: dict[str, type[NetworkConfig]] = {
+    "deco": DeCoConfig,
+    "deco-t2i": DeCoT2IConfig,
+    "pixel-dit": PixelDiTConfig,
+    "pixnerd": PixNerdConfig,
+    "pixddt": PixDDTConfig,
+}
+"""The configurations by the name of their network."""
+
+
+def network_of(fields: Mapping[str, Any]) -> str:
+    """The network that these fields of a configuration are of.
+
+    Without `network` it is a DeCo, and the text model if there are fields of text.
+    """
+    if "network" in fields:
+        return str(fields["network"])
+    return "deco-t2i" if any(str(key).startswith("text_") for key in fields) else "deco"
+
+
 def config_from_json(fields: dict[str, Any]) -> NetworkConfig:
     """The configuration that `to_json` made these fields of.
-
-    Text models alone have a text_length, and PixNerd alone a nerf_mlp_ratio.
 
     Raises:
         ValueError: a field is unknown, missing or out of range.
     """
-    if "text_length" in fields:
-        return DeCoT2IConfig.from_json(fields)
-    if "nerf_mlp_ratio" in fields:
-        return PixNerdConfig.from_json(fields)
-    return DeCoConfig.from_json(fields)
+    name = network_of(fields)
+    if name not in NETWORKS:
+        raise ValueError(f"unknown network '{name}'{nearest(name, NETWORKS)}")
+    return NETWORKS[name].from_json(fields)
 
 
-def class_config(config: NetworkConfig, checkpoint: object) -> DeCoConfig:
+def class_config(config: NetworkConfig, checkpoint: object) -> ClassConfig:
     """The configuration of a class model.
 
     Args:
@@ -148,6 +224,6 @@ def class_config(config: NetworkConfig, checkpoint: object) -> DeCoConfig:
     Raises:
         UserError: it is that of a text model.
     """
-    if not isinstance(config, DeCoConfig):
+    if not isinstance(config, ClassConfig):
         raise UserError(f"{checkpoint} draws from text: name a checkpoint that draws classes")
     return config

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from deco_fast.errors import UserError
+from deco_fast.models.card import ModelCard
 from deco_fast.models.class_conditional import ClassConditional
+from deco_fast.models.concat_decoder import ConcatDecoder
 from deco_fast.models.config import DeCoConfig
 from deco_fast.models.decoder import PixelDecoder
 from deco_fast.models.presets import preset
@@ -22,6 +24,11 @@ class DeCo(ClassConditional):
         card: what the tensors cannot tell, where it is known.
     """
 
+    config: DeCoConfig
+
+    def __init__(self, config: DeCoConfig, card: ModelCard | None = None) -> None:
+        super().__init__(config, card)
+
     @classmethod
     def from_preset(cls, name: str) -> DeCo:
         """A freshly initialised model: "deco-xl", "deco-xl-512", "deco-l" or "deco-digits".
@@ -35,4 +42,6 @@ class DeCo(ClassConditional):
         return cls(config, card)
 
     def make_decoder(self) -> nn.Module:
+        if self.config.decoder_conditioning == "concat":
+            return ConcatDecoder(self.config)
         return PixelDecoder(self.config)

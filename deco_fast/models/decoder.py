@@ -14,17 +14,19 @@ from deco_fast.kernels.pixel_decoder.reference import (
     PixelDecoderParameters,
     PositionKind,
 )
-from deco_fast.models.config import NetworkConfig
+from deco_fast.models.config import PixelDecoderConfig
 
 
-def _xavier_linear(in_features: int, out_features: int) -> nn.Linear:
+def xavier_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A linear layer that begins with Xavier's weights and no bias."""
     linear = nn.Linear(in_features, out_features)
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
 
 
-def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A linear layer that gives zero at first."""
     linear = nn.Linear(in_features, out_features)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -37,9 +39,9 @@ class DecoderBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels, eps=NORM_EPS)
-        fc1, fc2 = _xavier_linear(channels, channels), _xavier_linear(channels, channels)
+        fc1, fc2 = xavier_linear(channels, channels), xavier_linear(channels, channels)
         self.mlp = nn.Sequential(fc1, nn.SiLU(), fc2)
-        self.modulation = _zero_linear(channels, 3 * channels)
+        self.modulation = zero_linear(channels, 3 * channels)
 
     def op_parameters(self) -> BlockParameters:
         """The weights in the op's order."""
@@ -59,16 +61,16 @@ class DecoderBlock(nn.Module):
 class PixelDecoder(nn.Module):
     """From the noisy image and the DiT's tokens to the velocity; `ops.pixel_decoder` (B.5)."""
 
-    def __init__(self, config: NetworkConfig, position: PositionKind = "product") -> None:
+    def __init__(self, config: PixelDecoderConfig, position: PositionKind = "product") -> None:
         super().__init__()
         channels = config.decoder_hidden_size
         self.position: PositionKind = position
         self.patch_size = config.patch_size
         self.pixel_embedder = nn.Linear(config.in_channels + POSITION_FEATURES, channels)
-        self.input_proj = _xavier_linear(channels, channels)
-        self.upsample = _xavier_linear(config.hidden_size, config.patch_size**2 * channels)
+        self.input_proj = xavier_linear(channels, channels)
+        self.upsample = xavier_linear(config.hidden_size, config.patch_size**2 * channels)
         self.blocks = nn.ModuleList(DecoderBlock(channels) for _ in range(config.decoder_depth))
-        self.output = _zero_linear(channels, config.in_channels)
+        self.output = zero_linear(channels, config.in_channels)
 
     def op_parameters(self) -> PixelDecoderParameters:
         """The weights in the op's order."""

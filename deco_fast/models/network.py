@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deco_fast.flow import velocity
 from deco_fast.kernels.layout import patchify
 from deco_fast.models.card import ModelCard
 from deco_fast.models.config import NetworkConfig
@@ -16,10 +17,12 @@ from deco_fast.models.embeddings import TimestepEmbedder
 
 
 class DeCoNetwork(nn.Module):
-    """A DiT for the low frequencies, a pixel decoder for the high ones.
+    """A DiT for the low frequencies, a decoder for the high ones.
 
-    `decode(x, encode(x, t, y))` is the velocity. Any height and width divisible by the patch size;
-    the weights do not depend on them. `DeCo` and `DeCoT2I` say what the condition y is.
+    `to_velocity(decode(x, encode(x, t, y)), x, t)` is the velocity; where the network predicts the
+    velocity itself, `to_velocity` changes nothing. Any height and width divisible by the patch
+    size; the weights do not depend on them. `ClassConditional` and `DeCoT2I` say what the
+    condition y is.
 
     Attributes:
         config: the network's shape.
@@ -53,7 +56,7 @@ class DeCoNetwork(nn.Module):
         Raises:
             ValueError: a shape or dtype is wrong, or y is None.
         """
-        return self.decode(x, self.encode(x, t, y))
+        return self.to_velocity(self.decode(x, self.encode(x, t, y)), x, t)
 
     @overload
     def encode(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor: ...
@@ -66,7 +69,7 @@ class DeCoNetwork(nn.Module):
     def encode(
         self, x: Tensor, t: Tensor, y: Tensor, return_layers: Sequence[int] = ()
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
-        """The DiT: noisy image, time and condition to the decoder's condition silu(temb + s).
+        """The DiT: noisy image, time and condition to the decoder's condition.
 
         Args:
             x, t, y: as in `forward`.
@@ -96,13 +99,13 @@ class DeCoNetwork(nn.Module):
             s = block(s, *conditions, rotary)
             if layer in return_layers:
                 outputs[layer] = s
-        tokens = F.silu(temb + s)
+        tokens = self.decoder_condition(s, temb, *self.final_modulation(*conditions))
         if not return_layers:
             return tokens
         return tokens, tuple(outputs[layer] for layer in return_layers)
 
     def decode(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """The pixel decoder: noisy image (B, C, H, W) and `encode`'s (B, L, D) to the velocity.
+        """The decoder: noisy image (B, C, H, W) and `encode`'s (B, L, D) to the prediction.
 
         Raises:
             ValueError: the image's shape is wrong, or the tokens are not those of such an image.
@@ -114,6 +117,29 @@ class DeCoNetwork(nn.Module):
         if tuple(tokens.shape) != expected:
             raise ValueError(f"tokens must be {expected} for this image, not {tuple(tokens.shape)}")
         return self.decoder(x.to(self.dtype), tokens)
+
+    def final_modulation(self, *conditions: Tensor) -> tuple[Tensor, ...]:
+        """What `decoder_condition` takes beside tokens and time: of most networks nothing.
+
+        Args:
+            conditions: as the blocks take them.
+        """
+        return ()
+
+    def decoder_condition(self, s: Tensor, temb: Tensor, *modulation: Tensor) -> Tensor:
+        """Tokens s (B, L, D) and time embedding (B, 1, D) to what `decode` takes: silu(temb + s).
+
+        `modulation` is what `final_modulation` gives.
+        """
+        return F.silu(temb + s)
+
+    def to_velocity(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """`decode`'s result at x (B, C, H, W) and times t (B,) as a velocity; here it is one."""
+        return prediction
+
+    def target(self, x: Tensor, noise: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """What the velocity at `noisy` is trained towards: x − noise, each (B, C, H, W) (B.7)."""
+        return velocity(x, noise)
 
     def rotary_table(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
         """The rotation of channel pairs on a grid of tokens, (height·width, head_dim/2, 2)."""

@@ -66,6 +66,12 @@ class ConditionTable(Protocol):
         """
         ...
 
+    def select_final(
+        self, tensors: tuple[Tensor, ...], index: Tensor, rows: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What `decoder_condition` takes beside tokens and time; the arguments as for `select`."""
+        ...
+
 
 class ClassTable:
     """The modulations of the class model.
@@ -90,7 +96,12 @@ class ClassTable:
         modulation = self.time_embedding.new_empty(
             self.span, max_labels, config.depth, 6, config.hidden_size
         )
-        self.tensors: tuple[Tensor, ...] = (modulation,)
+        # Of a network without a modulation after the last block, nothing.
+        final = model.final_modulation(self.time_embedding[:1])
+        self.tensors: tuple[Tensor, ...] = (
+            modulation,
+            *(part.new_empty(self.span, max_labels, part.shape[-1]) for part in final),
+        )
         self._held: tuple[int, tuple[Condition, ...]] | None = None
 
     def check(self, conditions: Sequence[Condition]) -> None:
@@ -106,7 +117,7 @@ class ClassTable:
         """See `ConditionTable`."""
         if self._held == (start, tuple(conditions)):
             return
-        (table,) = self.tensors
+        table, *finals = self.tensors
         y = torch.tensor(conditions).to(table.device, non_blocking=True)
         temb = self.time_embedding[start : start + self.span, None]
         condition = F.silu(temb + self._model.class_embedder(y))
@@ -114,15 +125,24 @@ class ClassTable:
             assert isinstance(block, DiTBlock)
             modulation = fold_norms(block.modulation(condition), block)
             table[: len(condition), : len(conditions), i] = modulation
+        for final, part in zip(finals, self._model.final_modulation(condition), strict=True):
+            final[: len(condition), : len(conditions)] = part
         self._held = start, tuple(conditions)
 
     def select(
         self, tensors: tuple[Tensor, ...], index: Tensor, rows: Tensor
     ) -> list[tuple[Tensor, ...]]:
         """See `ConditionTable`."""
-        (table,) = tensors
-        modulation = table.index_select(0, index)[0].index_select(0, rows)
+        modulation = tensors[0].index_select(0, index)[0].index_select(0, rows)
         return [(of_block,) for of_block in modulation.unbind(1)]
+
+    def select_final(
+        self, tensors: tuple[Tensor, ...], index: Tensor, rows: Tensor
+    ) -> tuple[Tensor, ...]:
+        """See `ConditionTable`."""
+        return tuple(
+            final.index_select(0, index)[0].index_select(0, rows)[:, None] for final in tensors[1:]
+        )
 
 
 class TextTable:
@@ -209,6 +229,12 @@ class TextTable:
                 modulation.unbind(0), texts.unbind(0), strict=True
             )
         ]
+
+    def select_final(
+        self, tensors: tuple[Tensor, ...], index: Tensor, rows: Tensor
+    ) -> tuple[Tensor, ...]:
+        """See `ConditionTable`; the text model has none."""
+        return ()
 
     def _encode(self, prompts: tuple[Condition, ...]) -> Tensor:
         """Once for all pieces of a run."""

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deco_fast.conditioning.qwen3 import EncodeText
@@ -108,7 +107,7 @@ class SamplingEngine:
         self._compiled = compile
         self._run_step, self._run_decode, self._run_move = self._step, self._decode, self._move
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
-        times = torch.tensor(
+        self._times = times = torch.tensor(
             [e.t for e in self._evaluations], dtype=self._state_dtype, device=self._device
         )
         self._distinct = min(distinct_conditions or batch_size, batch_size)
@@ -276,20 +275,31 @@ class SamplingEngine:
         """One evaluation and the move after it: the new x (B, C, H, W) and velocities (K, …)."""
         rows = rows if guided else rows[len(rows) // 2 :]
         conditions = self._table.select(table, index[1], rows)
+        final = self._table.select_final(table, index[1], rows)
         temb = self._table.time_embedding.index_select(0, index[0])
-        velocity = self._velocity(x.repeat(2, 1, 1, 1) if guided else x, conditions, temb)
+        t = self._times.index_select(0, index[0])
+        inputs = x.repeat(2, 1, 1, 1) if guided else x
+        velocity = self._velocity(inputs, conditions, temb, t, final)
         return self._run_move(x, velocities, velocity, self._weights.index_select(0, index[0])[0])
 
-    def _velocity(self, x: Tensor, conditions: list[tuple[Tensor, ...]], temb: Tensor) -> Tensor:
+    def _velocity(
+        self,
+        x: Tensor,
+        conditions: list[tuple[Tensor, ...]],
+        temb: Tensor,
+        t: Tensor,
+        final: tuple[Tensor, ...],
+    ) -> Tensor:
         model = self.model
-        x = x.to(model.dtype)
-        s = model.patch_embedder(patchify(x, model.config.patch_size))
+        s = model.patch_embedder(patchify(x.to(model.dtype), model.config.patch_size))
         for block, condition in zip(self._blocks, conditions, strict=True):
             s = block(s, self._rotary, *condition)
-        return self._run_decode(x, s, temb)
+        return self._run_decode(x, s, temb, t, *final)
 
-    def _decode(self, x: Tensor, s: Tensor, temb: Tensor) -> Tensor:
-        return self.model.decoder(x, F.silu(temb + s))
+    def _decode(self, x: Tensor, s: Tensor, temb: Tensor, t: Tensor, *final: Tensor) -> Tensor:
+        model = self.model
+        tokens = model.decoder_condition(s, temb, *final)
+        return model.to_velocity(model.decoder(x.to(model.dtype), tokens), x, t)
 
     def _move(
         self, x: Tensor, velocities: Tensor, velocity: Tensor, weights: Tensor

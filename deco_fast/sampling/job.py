@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deco_fast.errors import UserError
-from deco_fast.models.config import DeCoConfig, DeCoT2IConfig, NetworkConfig
+from deco_fast.models.config import ClassConfig, DeCoT2IConfig, NetworkConfig
 from deco_fast.sampling.benchmark_folders import DpgFolder, GenEvalFolder
 from deco_fast.sampling.condition_table import Condition
 from deco_fast.sampling.prompts import (
@@ -93,7 +93,7 @@ def make_job(config: NetworkConfig, options: Mapping[str, Any]) -> Job:
         UserError: a file cannot be read, or an option is not for this kind of model.
     """
     text_options = [n for n in ("prompt", "prompts_file", "geneval", "dpg") if options[n]]
-    if isinstance(config, DeCoConfig):
+    if isinstance(config, ClassConfig):
         others = [n for n in ("negative_prompt", "text_encoder") if options[n]]
         if given_options := text_options + others:
             given = given_options[0].replace("_", "-")

@@ -24,7 +24,7 @@ from deco_fast.data.order import EpochBatches
 from deco_fast.data.photographs import PhotographCrops
 from deco_fast.data.shards import ShardImages, index_share
 from deco_fast.errors import UserError
-from deco_fast.models.config import DeCoConfig, DeCoT2IConfig
+from deco_fast.models.config import ClassConfig, DeCoT2IConfig
 from deco_fast.training.distributed import Processes
 
 TrainingImages = DigitsDataset | PhotographCrops | ImageDataset | CaptionedImages
@@ -184,7 +184,7 @@ def _captioned(config: RunConfig) -> CaptionedImages:
 
 def _labelled(config: RunConfig) -> ImageDataset:
     data, model = config.data, config.model
-    assert data.root is not None and isinstance(model, DeCoConfig)
+    assert data.root is not None and isinstance(model, ClassConfig)
     if data.dataset == "folder":
         assert isinstance(data.root, str)
         source: FolderImages | ShardImages = FolderImages(data.root)

@@ -16,7 +16,7 @@ from deco_fast.conditioning.captions import drop_captions, prefix_captions
 from deco_fast.conditioning.labels import drop_labels
 from deco_fast.config import RunConfig
 from deco_fast.flow import sample_timesteps
-from deco_fast.models.config import DeCoConfig
+from deco_fast.models.config import ClassConfig
 
 
 class Draws(NamedTuple):
@@ -71,7 +71,7 @@ def draw_step(
         image.normal_(generator=generator.manual_seed(seed))
     y: Tensor | list[str]
     if isinstance(labels, Tensor):
-        assert isinstance(config.model, DeCoConfig)
+        assert isinstance(config.model, ClassConfig)
         null = config.model.num_classes
         y = drop_labels(labels, null, flow.null_probability, u=u[own].to(device))
     else:

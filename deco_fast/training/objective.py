@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from deco_fast.alignment import Projector, alignment_loss
 from deco_fast.config import RunConfig
-from deco_fast.flow import interpolate, timestep_weight, velocity
+from deco_fast.flow import interpolate, timestep_weight
 from deco_fast.losses import flow_matching_loss, frequency_table
 from deco_fast.models.network import DeCoNetwork
 
@@ -69,13 +69,17 @@ class Objective(nn.Module):
             else:
                 layers = (self.aligned_layer,)
                 tokens, (hidden,) = self.model.encode(noisy, t, y, return_layers=layers)
-                prediction = self.model.decode(noisy, tokens)
+                prediction = self.model.to_velocity(self.model.decode(noisy, tokens), noisy, t)
                 projected = self.projector(hidden)
         weight = None
         if self.timestep_weight != "constant":
             weight = timestep_weight(self.timestep_weight, t)
         total, flow_matching, frequency = flow_matching_loss(
-            prediction, velocity(x, noise), self.table, self.frequency_weight, weight
+            prediction,
+            self.model.target(x, noise, noisy, t),
+            self.table,
+            self.frequency_weight,
+            weight,
         )
         losses = {"total": total, "flow_matching": flow_matching, "frequency": frequency}
         if self.projector is not None:

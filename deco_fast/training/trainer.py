@@ -17,7 +17,7 @@ import torch
 from deco_fast.config import RunConfig
 from deco_fast.errors import UserError
 from deco_fast.models.build import build_network
-from deco_fast.models.config import DeCoConfig
+from deco_fast.models.config import ClassConfig
 from deco_fast.sampling.condition_table import Condition
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import image_grid, save_grid
@@ -196,7 +196,7 @@ class Trainer:
     def _sample_conditions(self) -> Sequence[Condition]:
         """The class or prompt of each image of a grid."""
         count, model = self.config.output.sample_count, self.config.model
-        if isinstance(model, DeCoConfig):
+        if isinstance(model, ClassConfig):
             return labels_for(count, model.num_classes)
         prompts = self.config.text.sample_prompts
         return [prompts[i % len(prompts)] for i in range(count)]

@@ -16,10 +16,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def norm_modulate(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """See `deco_fast.ops.norm_modulate`.
 
-    Left to the reference: float64, more than 4,096 channels, GPUs that are `is_foreign`, and all
-    inside of `torch.func` transforms.
+    Left to the reference: float64, more than 4,096 channels, a modulation for each token, GPUs that
+    are `is_foreign`, and all inside of `torch.func` transforms.
     """
-    fits = x.dtype in _DTYPES and x.shape[-1] <= MAX_WIDTH
+    fits = x.dtype in _DTYPES and x.shape[-1] <= MAX_WIDTH and shift.shape[-2] == 1
     if is_foreign(x) or within_transform() or not fits:
         return reference.norm_modulate(x, weight, shift, scale, eps)
     result: Tensor = fused_ops.norm_modulate(x, weight, shift, scale, eps)

@@ -18,5 +18,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def norm_modulate(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """x (B, L, D), shift and scale (B, 1, D) to (B, L, D)."""
+    """x (B, L, D), shift and scale (B, 1, D) or (B, L, D), to (B, L, D)."""
     return rms_norm(x, weight, eps) * (1 + scale) + shift
