@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from deco_fast import ops
+from deco_fast.interop.published import has_layout
 from deco_fast.kernels.flow_matching_loss.reference import BLOCK
 from deco_fast.kernels.pixel_decoder.reference import POSITION_FEATURES
 from deco_fast.models.build import build_network
-from deco_fast.models.config import DeCoT2IConfig, NetworkConfig
-from deco_fast.models.decoder import PixelDecoder
+from deco_fast.models.config import DeCoT2IConfig, NetworkConfig, PixelDecoderConfig
 from deco_fast.models.embeddings import FREQUENCY_CHANNELS
 
 FLOAT32_BYTES = 4
@@ -63,14 +65,15 @@ class Images:
 
 @cache
 def parameter_count(config: NetworkConfig, decoder_only: bool = False) -> int:
-    """Parameters of DeCo, or of its pixel decoder."""
+    """Parameters of a network, or of its decoder."""
     with torch.device("meta"):
-        module = PixelDecoder(config) if decoder_only else build_network(config)
+        network = build_network(config)
+    module = network.decoder if decoder_only else network
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def decoder_flops(
-    config: NetworkConfig, images: Images, backward: bool, folded_input: bool = True
+    config: PixelDecoderConfig, images: Images, backward: bool, folded_input: bool = True
 ) -> int:
     """The pixel decoder, upsampling included.
 
@@ -98,7 +101,7 @@ def decoder_flops(
 
 
 def decoder_work(
-    config: NetworkConfig, images: Images, backward: bool, element_bytes: int = FLOAT32_BYTES
+    config: PixelDecoderConfig, images: Images, backward: bool, element_bytes: int = FLOAT32_BYTES
 ) -> Work:
     """The pixel decoder: image, tokens and weights in, velocity out.
 
@@ -140,7 +143,7 @@ def loss_work(images: Images, backward: bool, prediction_bytes: int = FLOAT32_BY
 def model_flops(
     config: NetworkConfig, images: Images, backward: bool, folded_input: bool = True
 ) -> int:
-    """DeCo: patch embedding, time embedding, DiT blocks, pixel decoder.
+    """DeCo: patch embedding, time embedding, DiT blocks, pixel decoder; others: `counted_flops`.
 
     Per image, with L tokens of width D and an MLP of inner width I:
 
@@ -154,6 +157,9 @@ def model_flops(
 
     Backward: twice that, less the gradients of the image and of the time's sinusoids.
     """
+    if not has_layout(config):
+        return counted_flops(config, images, backward)
+    assert isinstance(config, PixelDecoderConfig)
     length, width = images.tokens(config.patch_size), config.hidden_size
     text_tokens = config.text_length if isinstance(config, DeCoT2IConfig) else 0
     patches = 2 * length * config.in_channels * config.patch_size**2 * width
@@ -168,6 +174,24 @@ def model_flops(
     first, rest = patches + sinusoids, 2 * width**2 + config.depth * block
     dit = 2 * first + 3 * rest if backward else first + rest
     return images.batch * dit + decoder_flops(config, images, backward, folded_input)
+
+
+@cache
+def counted_flops(config: NetworkConfig, images: Images, backward: bool) -> int:
+    """What torch counts of the products of any class network, in the reference ops.
+
+    The gradient of the image is left out, as nobody asks for it.
+    """
+    with torch.device("meta"), ops.use_backend("reference"):
+        model = build_network(config)
+        x = torch.zeros(images.batch, config.in_channels, images.height, images.width)
+        t, y = torch.zeros(images.batch), torch.zeros(images.batch, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            velocity = model(x, t, y)
+            if backward:
+                velocity.sum().backward()
+    flops: int = counter.get_total_flops()
+    return flops
 
 
 def text_flops(config: NetworkConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,8 @@ NETWORKS: dict[str, ClassConfig] = {
     "PixNerd": PixNerdConfig(**SMALL, decoder_hidden_size=8),
     "PixDDT": PixDDTConfig(**SMALL, decoder_depth=2),
     "UNet-style": DeCoConfig(**SMALL, decoder_hidden_size=8, decoder_conditioning="concat"),
+    "patches of 2": DeCoConfig(**SMALL, decoder_hidden_size=16, decoder_patch_size=2),
+    "patches of 4": DeCoConfig(**SMALL, decoder_hidden_size=8, decoder_patch_size=4),
 }
 
 
@@ -195,6 +198,26 @@ def test_a_run_of_it_is_read_written_and_estimated(config: ClassConfig) -> None:
     found = estimate(run)
     assert found.parameters == sum(p.numel() for p in build_network(config).parameters())
     assert 0 < found.forward_flops < found.training_flops
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{"decoder_patch_size": 3}, {"decoder_patch_size": 2, "decoder_conditioning": "concat"}],
+)
+def test_a_decoder_that_cannot_be_is_refused(variant: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="decoder_patch_size"):
+        DeCoConfig(**SMALL, **variant)
+
+
+def test_a_decoder_of_larger_patches_moves_whole_patches() -> None:
+    """What happens in one of its patches, no other patch of the velocity sees."""
+    model = random_model(NETWORKS["patches of 2"])
+    x, t, y = torch.randn(1, 3, 8, 8), torch.rand(1), torch.tensor([1])
+    tokens = model.encode(x, t, y)
+    other = x.clone()
+    other[..., 2, 5] += 1
+    changed = (model.decode(other, tokens) - model.decode(x, tokens))[0].abs().sum(0) > 0
+    assert changed[2:4, 4:6].all() and changed.sum() == 4
 
 
 class TestPixDDT:

@@ -95,7 +95,7 @@ def to_published(name: str) -> str:
 
 def has_layout(config: NetworkConfig) -> bool:
     """Whether networks of this configuration have a published layout that is known here."""
-    is_deco = isinstance(config, DeCoConfig) and config.decoder_conditioning == "adaln"
+    is_deco = isinstance(config, DeCoConfig) and config.is_published
     return is_deco or isinstance(config, DeCoT2IConfig)
 
 

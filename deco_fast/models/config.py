@@ -120,7 +120,26 @@ class DeCoConfig(ClassConfig, PixelDecoderConfig):
         default="adaln",
         metadata={"help": "adaln, or concat: the UNet-style stacking of the paper's ablation"},
     )
+    decoder_patch_size: int = field(
+        default=1,
+        metadata={"help": "side of the pixel decoder's own patches; above 1 the paper's ablation"},
+    )
     network: Literal["deco"] = _network("deco")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patch_size % self.decoder_patch_size:
+            raise ValueError(
+                f"decoder_patch_size {self.decoder_patch_size} must divide patch_size "
+                f"{self.patch_size}"
+            )
+        if self.decoder_patch_size > 1 and self.decoder_conditioning == "concat":
+            raise ValueError("decoder_conditioning concat works on pixels: decoder_patch_size 1")
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the decoder is the published one, and no variant of the ablation."""
+        return self.decoder_conditioning == "adaln" and self.decoder_patch_size == 1
 
 
 @dataclass(frozen=True)

@@ -44,4 +44,4 @@ class DeCo(ClassConditional):
     def make_decoder(self) -> nn.Module:
         if self.config.decoder_conditioning == "concat":
             return ConcatDecoder(self.config)
-        return PixelDecoder(self.config)
+        return PixelDecoder(self.config, own_patch_size=self.config.decoder_patch_size)

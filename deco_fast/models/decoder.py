@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deco_fast import ops
@@ -59,18 +60,32 @@ class DecoderBlock(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """From the noisy image and the DiT's tokens to the velocity; `ops.pixel_decoder` (B.5)."""
+    """From the noisy image and the DiT's tokens to the velocity; `ops.pixel_decoder` (B.5).
 
-    def __init__(self, config: PixelDecoderConfig, position: PositionKind = "product") -> None:
+    Args:
+        config: the network's shape.
+        position: the kind of position features.
+        own_patch_size: above 1, what the decoder takes for a pixel is a patch of that side, its
+            values as channels (paper, Table 4c).
+    """
+
+    def __init__(
+        self,
+        config: PixelDecoderConfig,
+        position: PositionKind = "product",
+        own_patch_size: int = 1,
+    ) -> None:
         super().__init__()
         channels = config.decoder_hidden_size
+        values = config.in_channels * own_patch_size**2
         self.position: PositionKind = position
-        self.patch_size = config.patch_size
-        self.pixel_embedder = nn.Linear(config.in_channels + POSITION_FEATURES, channels)
+        self.own_patch_size = own_patch_size
+        self.patch_size = config.patch_size // own_patch_size
+        self.pixel_embedder = nn.Linear(values + POSITION_FEATURES, channels)
         self.input_proj = xavier_linear(channels, channels)
-        self.upsample = xavier_linear(config.hidden_size, config.patch_size**2 * channels)
+        self.upsample = xavier_linear(config.hidden_size, self.patch_size**2 * channels)
         self.blocks = nn.ModuleList(DecoderBlock(channels) for _ in range(config.decoder_depth))
-        self.output = zero_linear(channels, config.in_channels)
+        self.output = zero_linear(channels, values)
 
     def op_parameters(self) -> PixelDecoderParameters:
         """The weights in the op's order."""
@@ -88,4 +103,9 @@ class PixelDecoder(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """x (B, C, H, W), tokens (B, L, D) to the velocity (B, C, H, W)."""
-        return ops.pixel_decoder(x, tokens, self.op_parameters(), self.patch_size, self.position)
+        parameters, own = self.op_parameters(), self.own_patch_size
+        if own == 1:
+            return ops.pixel_decoder(x, tokens, parameters, self.patch_size, self.position)
+        x = F.pixel_unshuffle(x, own)
+        velocity = ops.pixel_decoder(x, tokens, parameters, self.patch_size, self.position)
+        return F.pixel_shuffle(velocity, own)
