@@ -16,6 +16,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks import report
 from benchmarks.comparison import Compare, Comparison
 from benchmarks.machine import Machine
+from benchmarks.models import ModelTable, describe_models
 from benchmarks.settings import Settings
 
 RECORD_FORMAT = 1
@@ -28,6 +29,7 @@ class Session:
     settings: Settings
     machine: Machine
     outcomes: list[Comparison]
+    model_tables: list[ModelTable]
 
 
 _SESSION = pytest.StashKey[Session]()
@@ -62,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
         report.check_path(path)
     settings = Settings.from_options(config)
     machine = Machine(settings.device, quick=settings.trial)
-    config.stash[_SESSION] = Session(settings, machine, [])
+    config.stash[_SESSION] = Session(settings, machine, [], [])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -88,6 +90,12 @@ def machine(request: pytest.FixtureRequest) -> Machine:
 def outcomes(request: pytest.FixtureRequest) -> list[Comparison]:
     """The session's comparisons, for a test that makes its own."""
     return request.config.stash[_SESSION].outcomes
+
+
+@pytest.fixture
+def model_tables(request: pytest.FixtureRequest) -> list[ModelTable]:
+    """The session's tables of whole models."""
+    return request.config.stash[_SESSION].model_tables
 
 
 @pytest.fixture
@@ -119,7 +127,7 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     session = config.stash[_SESSION]
-    if not session.outcomes:
+    if not session.outcomes and not session.model_tables:
         return
     machine = session.machine.to_json()
     terminalreporter.section("speed and memory")
@@ -127,6 +135,9 @@ def pytest_terminal_summary(
     for comparison in session.outcomes:
         terminalreporter.line("")
         terminalreporter.line(report.describe_comparison(comparison))
+    for table in session.model_tables:
+        terminalreporter.line("")
+        terminalreporter.line(describe_models(table))
     record = {
         "format": RECORD_FORMAT,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -135,6 +146,7 @@ def pytest_terminal_summary(
         "note": config.getoption("note"),
         "failed": len(terminalreporter.getreports("failed")),
         "machine": machine,
+        "models": [table.to_json() for table in session.model_tables],
     }
     terminalreporter.line("")
     for path in config.getoption("record"):

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.comparison import Comparison, Row
+from benchmarks.models import ModelTable, describe_models
 from benchmarks.report import describe_comparison, describe_machine
 from deco_fast.errors import UserError, run_command
 
@@ -97,6 +98,13 @@ def pieces(device: str, trial: bool, out: Path) -> Iterator[Piece]:
             *batch,
             seconds=300,
         )
+    yield benchmark(
+        "models",
+        "benchmarks/test_models.py",
+        *(("-k", "laptop and bf16") if trial else ("-k", "L-bf16", "--paper")),
+        *batch,
+        seconds=500,
+    )
     if trial:
         yield benchmark(
             "sampling", "benchmarks/test_sampling.py", "-k", "deco-digits and bf16", seconds=60
@@ -160,7 +168,7 @@ def passed(piece: Piece, out: Path) -> bool:
 
 def gather(names: Sequence[str], out: Path) -> dict[str, Any]:
     """All that the pieces have left, as one record."""
-    record: dict[str, Any] = {"pieces": {}, "comparisons": [], "starts": {}}
+    record: dict[str, Any] = {"pieces": {}, "comparisons": [], "models": [], "starts": {}}
     for name in names:
         try:
             record["pieces"][name] = json.loads((out / name / STATUS).read_text(encoding="utf-8"))
@@ -174,6 +182,7 @@ def gather(names: Sequence[str], out: Path) -> dict[str, Any]:
             rates = figures["machine"]["gemm_flops_per_second"]
             record["machine"]["gemm_flops_per_second"].update(rates)
             record["comparisons"] += figures["comparisons"]
+            record["models"] += figures.get("models", [])
         else:
             record["starts"][name] = figures
     return record
@@ -202,6 +211,8 @@ def describe(record: dict[str, Any]) -> str:
     for fields in record["comparisons"]:
         comparison = Comparison(**{**fields, "rows": [Row(**row) for row in fields["rows"]]})
         lines += ["", describe_comparison(comparison)]
+    for table in record.get("models", ()):
+        lines += ["", describe_models(ModelTable.from_json(table))]
     return "\n".join(lines) + "\n"
 
 

@@ -109,7 +109,10 @@ def entry(record: dict[str, Any], comparisons: Sequence[Comparison]) -> str:
         lines.append(f"- note: {record['note']}")
     if record["failed"]:
         lines.append(f"- incomplete: {record['failed']} comparisons failed")
+    from benchmarks.models import ModelTable, describe_models  # which imports this module
+
     tables = [describe_comparison(comparison) for comparison in comparisons]
+    tables += [describe_models(ModelTable.from_json(table)) for table in record["models"]]
     return "\n".join(lines) + "\n\n" + "\n\n".join(tables) + "\n"
 
 

@@ -1,0 +1,168 @@
+"""Every model of the paper's Table 1 that works on pixels: a training iteration, an image drawn.
+
+All are ours as a user runs them: compiled, the fused ops where there are any, the engine. They take
+turns, so that what disturbs the machine disturbs all of them. This says what a model costs beside
+another, and nothing of what our kernels gain: that is in the other files.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from benchmarks.comparison import MAX_ROUNDS, MIN_ROUNDS
+from benchmarks.inputs import normal, randomize
+from benchmarks.machine import Machine
+from benchmarks.memory import peak_memory
+from benchmarks.models import MODELS, STEPS, Model, ModelFigures, ModelTable
+from benchmarks.settings import Settings
+from benchmarks.timing import Turns
+from benchmarks.work import FLOAT32_BYTES, Images, encoder_flops, parameter_count, training_work
+from deco_fast.alignment.dinov2 import DINOv2, random_dinov2
+from deco_fast.alignment.features import Features
+from deco_fast.config import RunConfig
+from deco_fast.data.loader import Batch
+from deco_fast.models.build import build_network
+from deco_fast.sampling.engine import SamplingEngine
+from deco_fast.training.distributed import Processes
+from deco_fast.training.step import TrainingStep
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Weights, gradients, two moments, the average; and the engine's in half as many bytes, twice.
+COPIES = 6
+LARGE_ROUNDS = 3
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", ["laptop", pytest.param("L", marks=pytest.mark.paper)])
+def test_models(
+    benchmark: BenchmarkFixture,
+    machine: Machine,
+    settings: Settings,
+    model_tables: list[ModelTable],
+    size: str,
+    precision: str,
+) -> None:
+    small = size == "laptop"
+    batch = settings.batch if not small else 2 if settings.trial else 32
+    if precision == "bf16" and machine.no_bf16:
+        pytest.skip(machine.no_bf16)
+    runs = {model.name: model.run(small, batch, precision) for model in MODELS}
+    held = sum(COPIES * FLOAT32_BYTES * parameter_count(run.model) for run in runs.values())
+    settings.require_memory(held)
+    subjects = {model.name: _Subject(model, runs[model.name], settings) for model in MODELS}
+    turns = [
+        Turns(
+            {name: getattr(subject, task) for name, subject in subjects.items()},
+            machine.clock,
+            machine.clock.min_sample_seconds,
+        )
+        for task in ("iterate", "draw")
+    ]
+    per_round = sum(turn.calibrate() for turn in turns)
+    least = MIN_ROUNDS if small else LARGE_ROUNDS
+    rounds = min(max(int(settings.seconds / per_round), least), MAX_ROUNDS)
+    benchmark.pedantic(
+        lambda: [turn.round() for turn in turns], rounds=1 if settings.trial else rounds
+    )
+    figures = []
+    for model in MODELS:
+        subject, run = subjects[model.name], runs[model.name]
+        iterations, images = (turn.samples[model.name] for turn in turns)
+        work = training_work(run.model, subject.images, subject.encoder_flops)
+        figures.append(
+            ModelFigures(
+                model.name,
+                parameter_count(run.model),
+                statistics.median(iterations),
+                (min(iterations), max(iterations)),
+                machine.floor(work, PRECISIONS[precision]).seconds,
+                subject.training_memory(),
+                statistics.median(images),
+                (min(images), max(images)),
+                subject.inference_memory(),
+                None if small else asdict(model.published),
+            )
+        )
+    table = ModelTable(
+        f"models of Table 1, size {size}, {precision}",
+        f"Training {subjects['DeCo'].images}; drawing one image in {STEPS} Euler steps without "
+        "guidance; in brackets the spread"
+        + ("" if small else ", and the paper's figures in GB and seconds"),
+        figures,
+    )
+    model_tables.append(table)
+    benchmark.group = table.title
+    benchmark.extra_info.update(table.to_json())
+    assert all(row.iteration > 0 and row.image > 0 for row in figures)
+
+
+class _Subject:
+    """One model, ready to be trained and to draw."""
+
+    def __init__(self, model: Model, config: RunConfig, settings: Settings) -> None:
+        device = settings.device
+        data, training = config.data, config.training
+        self.device = device
+        self.images = Images(training.batch_size, data.height, data.width)
+        self.encoder_flops = encoder_flops(self.images) if config.alignment.enabled else 0
+        features = None
+        if config.alignment.enabled:
+            features = Features(torch.compile(DINOv2(random_dinov2()).to(device), dynamic=False))  # type: ignore[arg-type]
+        self._training = TrainingStep(config, Processes(0, 1, device), features)
+        randomize(self._training.model)
+        # Not by `prepare`, which leaves the shapes open for the last batch of an epoch.
+        if not settings.trial:
+            self._training.network = torch.compile(self._training.objective, dynamic=False)  # type: ignore[assignment]
+        shape = (training.batch_size, 3, data.height, data.width)
+        self._batch = Batch(
+            normal(*shape).clamp(-1, 1).to(device),
+            torch.arange(training.batch_size) % config.model.num_classes,  # type: ignore[union-attr]
+            torch.arange(training.batch_size),
+        )
+        network = build_network(config.model, config.card())
+        randomize(network)
+        network.to(device, PRECISIONS[training.precision]).requires_grad_(False)
+        self._engine = SamplingEngine(
+            network,
+            replace(config.sampling, solver="euler", steps=STEPS, guidance_scale=1.0),
+            batch_size=1,
+            compile=not settings.trial,
+        )
+        self._engine.warm_up()
+        self._noise = normal(1, *self._engine.image_shape).to(device)
+        self.iterate()
+
+    def iterate(self) -> Tensor:
+        """A training step."""
+        return self._training(0, self._batch).values
+
+    def draw(self) -> Tensor:
+        """One image."""
+        return self._engine(self._noise, [0])
+
+    def training_memory(self) -> int | None:
+        """What training holds, and what a step takes besides."""
+        parameters = sum(p.numel() for p in self._training.objective.parameters())
+        return self._plus_peak(4 * FLOAT32_BYTES * parameters, self.iterate)
+
+    def inference_memory(self) -> int | None:
+        """What the engine holds, and what a drawing takes besides."""
+        held = {
+            storage.data_ptr(): storage.nbytes()
+            for part in (self._engine.model, self._engine._blocks)
+            for tensor in (*part.parameters(), *part.buffers())
+            for storage in (tensor.untyped_storage(),)
+        }
+        return self._plus_peak(sum(held.values()), self.draw)
+
+    def _plus_peak(self, held: int, function: Callable[[], object]) -> int | None:
+        peak = peak_memory(function, self.device)
+        return None if peak is None else held + peak
