@@ -16,9 +16,10 @@ from torch import Tensor
 
 from benchmarks.comparison import Compare, Subject
 from benchmarks.inputs import randomize
+from benchmarks.machine import Machine
 from benchmarks.settings import Settings
 from benchmarks.test_loader import photograph
-from benchmarks.variants import AUTOCAST, FLOAT32, REFERENCE, Precision, Variant
+from benchmarks.variants import AUTOCAST, FLOAT32, REFERENCE, Precision, Variant, variants
 from benchmarks.work import (
     FLOAT32_BYTES,
     Images,
@@ -34,6 +35,7 @@ from deco_fast.data.loader import Batch
 from deco_fast.models.deco import DeCo
 from deco_fast.models.presets import PRESETS
 from deco_fast.training import parallel
+from deco_fast.training.captured import CapturedBackward
 from deco_fast.training.distributed import Processes
 from deco_fast.training.step import TrainingStep
 
@@ -78,6 +80,19 @@ def run_config(name: str, images: Images) -> RunConfig:
     )
 
 
+CAPTURED = "triton, CUDA graph"
+
+
+def _rows(machine: Machine, precision: Precision) -> dict[Variant, str | None]:
+    """All backends; on a GPU ours recorded as a CUDA graph as well."""
+    ops = ("pixel_decoder", "flow_matching_loss")
+    rows = variants(machine, ops, (precision,), compile_fused=True)
+    if machine.device.type == "cuda":
+        recorded = Variant("triton", True, precision, CAPTURED)
+        rows[recorded] = rows[Variant("triton", True, precision)]
+    return rows
+
+
 @contextmanager
 def recomputed_activations(model: DeCo) -> Iterator[None]:
     """Blocks that keep their inputs alone for the backward pass, for the time of a step."""
@@ -99,7 +114,12 @@ def recomputed_activations(model: DeCo) -> Iterator[None]:
     ],
 )
 def test_training_step(
-    compare: Compare, settings: Settings, name: str, precision: Precision, tmp_path: Path
+    compare: Compare,
+    machine: Machine,
+    settings: Settings,
+    name: str,
+    precision: Precision,
+    tmp_path: Path,
 ) -> None:
     model_config, card = PRESETS[name]
     batch_size = settings.batch if name != "deco-digits" else 4 if settings.trial else 64
@@ -151,6 +171,10 @@ def test_training_step(
             found: dict[str, Tensor] = step.objective(*inputs)
             return found
 
+        captured = None
+        if variant.part == CAPTURED:
+            captured = CapturedBackward(losses, list(step.objective.parameters()), parts=1)
+
         def keep(*_: object) -> None:
             for key, parameter in step.model.named_parameters():
                 if parameter.grad is not None:
@@ -161,6 +185,7 @@ def test_training_step(
             batch = next(source)
             waits.append(time.perf_counter() - asked)
             step.network, step.features = losses, encoder(variant.compiled)
+            step.captured = captured
             step.objective.bf16 = variant.precision.autocast
             hook = step.optimizer.register_step_pre_hook(keep)
             # What the others are held to must fit beside them.
@@ -172,7 +197,12 @@ def test_training_step(
             gradients.clear()
             return results
 
-        return Subject(run, tuple(step.objective.parameters()), lambda: statistics.median(waits))
+        return Subject(
+            run,
+            tuple(step.objective.parameters()),
+            lambda: statistics.median(waits),
+            captured is not None,
+        )
 
     # Weights, two moments and the average; gradients come and go with the step.
     held = 4 * FLOAT32_BYTES * parameter_count(model_config)
@@ -186,5 +216,6 @@ def test_training_step(
         work=training_work(model_config, images, encoder_work),
         backward=True,
         compile_fused=True,
+        rows=_rows(machine, precision),
         bfloat16_tolerance=GRADIENT_TOLERANCE,
     )

@@ -161,6 +161,11 @@ class TrainingConfig(_Section):
     ema_decay: Probability = Field(0.9999, description="of the averaged weights")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: autocast, fp32 weights")
     compile: bool = Field(True, description="torch.compile the model and the loss")
+    cuda_graph: bool = Field(
+        False,
+        description="on a single GPU record forward and backward of a step once and replay them, "
+        "where the host is slower than the GPU",
+    )
     recompute_activations: bool = Field(
         False, description="compute the DiT blocks again in the backward pass: less memory, slower"
     )

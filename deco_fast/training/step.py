@@ -16,6 +16,7 @@ from deco_fast.data.loader import Batch
 from deco_fast.errors import UserError
 from deco_fast.models.build import build_network
 from deco_fast.training import parallel
+from deco_fast.training.captured import CapturedBackward, can_capture
 from deco_fast.training.distributed import Processes
 from deco_fast.training.draws import Draws, draw_step
 from deco_fast.training.ema import ExponentialMovingAverage
@@ -95,14 +96,24 @@ class TrainingStep:
         )
         self.guard = LossGuard(self.optimizer, training.explosion_factor, self.device)
         self.network: nn.Module = self.objective
+        self.captured: CapturedBackward | None = None
 
     def prepare(self) -> None:
-        """Wrap the objective for several processes and compile it; once, before the first step."""
+        """Wrap the objective for several processes, compile it and see to its recording; once,
+        before the first step."""
         self.network = parallel.prepare_network(
             self.objective, self.config.training, self.processes
         )
         if self.features is not None and self.config.training.compile:
             self.features.compile()
+        if self.config.training.cuda_graph and can_capture(self.config.training, self.processes):
+            self.capture()
+
+    def capture(self) -> None:
+        """Have the next call record `network` as a CUDA graph, and those after it replay it."""
+        parameters = list(self.objective.parameters())
+        parts = self.config.training.gradient_accumulation
+        self.captured = CapturedBackward(self.network, parameters, parts)
 
     def __call__(self, step: int, batch: Batch) -> StepFigures:
         """Make a step.
@@ -124,9 +135,13 @@ class TrainingStep:
                 assert self.encode_text is not None, "a text model needs its text encoder"
                 y = self.encode_text(y)
             features = None if self.features is None else self.features(x, batch.indices[own])
-            with parallel.reduce_gradients(self.network, now=part == parts - 1):
-                losses: dict[str, Tensor] = self.network(x, y, t, noise, features)
-                (losses["total"] / parts).backward()
+            inputs = (x, y, t, noise, features)
+            if self.captured is not None:
+                losses = self.captured(*inputs)
+            else:
+                with parallel.reduce_gradients(self.network, now=part == parts - 1):
+                    losses = self.network(*inputs)
+                    (losses["total"] / parts).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach().float()
         losses_over_all = self.processes.mean(torch.stack(list(sums.values())) / parts)

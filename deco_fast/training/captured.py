@@ -1,0 +1,120 @@
+"""Forward and backward of a step recorded as one CUDA graph.
+
+A step of DeCo-L has some 1,500 kernels, and a host that orders them one by one can be slower than
+the GPU that runs them. A graph is recorded once, and replaying it is one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from deco_fast.config import TrainingConfig
+from deco_fast.training.distributed import Processes
+
+Losses = dict[str, Tensor]
+
+# Libraries choose their algorithms and take their workspaces in the first calls.
+_WARM_UP_CALLS = 3
+
+
+def can_capture(config: TrainingConfig, processes: Processes) -> bool:
+    """Whether a run's steps can be recorded: on one GPU, with nothing that asks the host.
+
+    Recomputing activations reads the random state from the GPU, and DDP and FSDP2 have a say
+    between the blocks.
+    """
+    alone = processes.world_size == 1 and processes.device.type == "cuda"
+    return alone and not config.recompute_activations
+
+
+class CapturedBackward:
+    """The losses of a micro batch, and their gradients in `parameter.grad`, from one replay.
+
+    The first call warms up and records. Inputs of other shapes than its own are computed without
+    the graph. The memory of activations and gradients belongs to the graph and stays taken.
+
+    Args:
+        network: gives the losses, of which "total" is differentiated.
+        parameters: get the gradients; they must stay where they are in memory.
+        parts: backward passes that make a step; a gradient is that of total / parts.
+    """
+
+    def __init__(
+        self, network: Callable[..., Losses], parameters: Sequence[Tensor], parts: int
+    ) -> None:
+        self._network, self._parts = network, parts
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: tuple[Tensor | None, ...] = ()
+        self._losses: Losses = {}
+        self._gradients: list[Tensor | None] = []
+
+    def __call__(self, *inputs: Tensor | None) -> Losses:
+        """Add the gradients of total / parts to `parameter.grad`; the losses hold until the next
+        call."""
+        if self._graph is None:
+            self._record(inputs)
+            assert self._graph is not None
+        if any(_differ(own, given) for own, given in zip(self._inputs, inputs, strict=True)):
+            return self._compute(inputs)
+        for own, given in zip(self._inputs, inputs, strict=True):
+            if own is not None and given is not None:
+                own.copy_(given, non_blocking=True)
+        self._graph.replay()
+        self._hand_over()
+        return self._losses
+
+    def _compute(self, inputs: Sequence[Tensor | None]) -> Losses:
+        losses = self._network(*inputs)
+        (losses["total"] / self._parts).backward()
+        return losses
+
+    def _record(self, inputs: Sequence[Tensor | None]) -> None:
+        held = [parameter.grad for parameter in self._parameters]
+        self._inputs = tuple(None if tensor is None else tensor.clone() for tensor in inputs)
+        stream = torch.cuda.Stream(self._parameters[0].device)
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_CALLS):
+                self._forget_gradients()
+                self._compute(self._inputs)
+        self._forget_gradients()
+        torch.cuda.current_stream(stream.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # The loader's thread may pin memory in the meantime, which is no part of the recording.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            losses = self._compute(self._inputs)
+        self._losses = {name: value.detach() for name, value in losses.items()}
+        self._gradients = [parameter.grad for parameter in self._parameters]
+        self._graph = graph
+        for parameter, gradient in zip(self._parameters, held, strict=True):
+            parameter.grad = gradient
+
+    def _forget_gradients(self) -> None:
+        """A backward pass then makes new ones, and a replay overwrites them."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _hand_over(self) -> None:
+        """Give the parameters the graph's gradients, or add these to what there is."""
+        old, new = [], []
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            if gradient is None:
+                continue
+            if parameter.grad is not None:
+                old.append(parameter.grad)
+                new.append(gradient)
+            else:
+                # The next replay overwrites the graph's own.
+                parameter.grad = gradient if self._parts == 1 else gradient.clone()
+        if old:
+            torch._foreach_add_(old, new)
+
+
+def _differ(own: Tensor | None, given: Tensor | None) -> bool:
+    if own is None or given is None:
+        return own is not given
+    return (own.shape, own.dtype) != (given.shape, given.dtype)

@@ -1,0 +1,155 @@
+"""A step's forward and backward as one CUDA graph: the same training, on a GPU and in its logic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deco_fast.config import RunConfig, TrainingConfig
+from deco_fast.data.loader import Batch
+from deco_fast.training import captured as captured_module
+from deco_fast.training.captured import CapturedBackward, can_capture
+from deco_fast.training.distributed import Processes
+from deco_fast.training.step import TrainingStep
+
+CPU = Processes(0, 1, torch.device("cpu"))
+STEPS = 4
+
+
+def run_config(**training: Any) -> RunConfig:
+    fields = {"steps": STEPS, "batch_size": 4, "learning_rate": 1e-2, "precision": "fp32"}
+    return RunConfig.model_validate(
+        {
+            "name": "captured",
+            "model": {
+                "hidden_size": 16,
+                "depth": 1,
+                "num_heads": 2,
+                "patch_size": 4,
+                "decoder_hidden_size": 16,
+                "num_classes": 10,
+            },
+            "data": {"dataset": "digits", "height": 8, "width": 8},
+            "training": {**fields, "compile": False, **training},
+        }
+    )
+
+
+def batch(step: int, size: int = 4) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(size, 3, 8, 8, generator=generator).clamp(-1, 1)
+    return Batch(images, torch.arange(size) % 10, torch.arange(size))
+
+
+def trained(config: RunConfig, processes: Processes, capture: bool) -> tuple[list[Tensor], Tensor]:
+    """The weights after some steps, and the figures of all."""
+    training = TrainingStep(config, processes)
+    if capture:
+        training.capture()
+    figures = [training(step, batch(step)).values.clone() for step in range(STEPS)]
+    return [p.detach().cpu() for p in training.model.parameters()], torch.stack(figures).cpu()
+
+
+class FakeGraph:
+    """What CUDA does, in plain operations: a replay writes where the recording has written."""
+
+    recording: CapturedBackward
+
+    def replay(self) -> None:
+        own = self.recording
+        held = [p.grad for p in own._parameters]
+        own._forget_gradients()
+        losses = own._compute(own._inputs)
+        for name, value in losses.items():
+            own._losses[name].copy_(value.detach())
+        for parameter, gradient, before in zip(own._parameters, own._gradients, held, strict=True):
+            if gradient is not None:
+                assert parameter.grad is not None
+                gradient.copy_(parameter.grad)
+            parameter.grad = before
+
+
+class FakeStream:
+    device = torch.device("cpu")
+
+    def __init__(self, device: torch.device | None = None) -> None: ...
+
+    def wait_stream(self, other: FakeStream) -> None: ...
+
+
+@contextmanager
+def fake_graph(*_: Any, **__: Any) -> Iterator[None]:
+    yield
+
+
+@pytest.fixture
+def _cuda_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = captured_module.torch.cuda
+    for name, fake in {
+        "Stream": FakeStream,
+        "current_stream": FakeStream,
+        "stream": fake_graph,
+        "graph": fake_graph,
+        "CUDAGraph": FakeGraph,
+    }.items():
+        monkeypatch.setattr(cuda, name, fake)
+    original = CapturedBackward._record
+
+    def record(self: CapturedBackward, inputs: Any) -> None:
+        original(self, inputs)
+        assert isinstance(self._graph, FakeGraph)
+        self._graph.recording = self
+
+    monkeypatch.setattr(CapturedBackward, "_record", record)
+
+
+@pytest.mark.usefixtures("_cuda_on_the_cpu")
+class TestLogic:
+    @pytest.mark.parametrize("accumulation", [1, 2])
+    def test_a_replayed_step_trains_as_the_plain_one(self, accumulation: int) -> None:
+        config = run_config(gradient_accumulation=accumulation, gradient_clipping=0.1)
+        plain, captured = (trained(config, CPU, capture) for capture in (False, True))
+        assert torch.equal(captured[1], plain[1])
+        for own, expected in zip(captured[0], plain[0], strict=True):
+            assert torch.equal(own, expected)
+
+    def test_a_batch_of_another_size_is_computed_without_the_graph(self) -> None:
+        config = run_config()
+        training = TrainingStep(config, CPU)
+        training.capture()
+        training(0, batch(0))
+        graph = training.captured
+        assert graph is not None
+        replayed: list[None] = []
+        graph._graph.replay = lambda: replayed.append(None)  # type: ignore[method-assign,union-attr]
+        inputs = (torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), torch.rand(2))
+        losses = graph(*inputs, torch.randn(2, 3, 8, 8), None)
+        assert not replayed and losses["total"].isfinite()
+        assert all(p.grad is not None for p in training.model.parameters())
+
+
+def test_what_asks_the_host_is_not_recorded() -> None:
+    gpu = torch.device("cuda")
+    plain = TrainingConfig(steps=1)
+    assert can_capture(plain, Processes(0, 1, gpu))
+    assert not can_capture(plain, CPU)
+    assert not can_capture(plain, Processes(0, 2, gpu))
+    recomputing = TrainingConfig(steps=1, recompute_activations=True)
+    assert not can_capture(recomputing, Processes(0, 1, gpu))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_recorded_step_trains_as_the_plain_one(accumulation: int, compiled: bool) -> None:
+    gpu = Processes(0, 1, torch.device("cuda"))
+    config = run_config(gradient_accumulation=accumulation, compile=compiled)
+    plain, captured = (trained(config, gpu, capture) for capture in (False, True))
+    torch.testing.assert_close(captured[1], plain[1], rtol=1e-5, atol=1e-6)
+    for own, expected in zip(captured[0], plain[0], strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
