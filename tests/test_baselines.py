@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from golden import gradient_norms, load_model, metadata, our_names, relative_error, tensors
 
 from deco_fast import SamplingEngine, sample
 from deco_fast.checkpoint import load_checkpoint, save_checkpoint
+from deco_fast.cli.sample import main as draw
+from deco_fast.cli.train import main as train
 from deco_fast.config import RunConfig
 from deco_fast.errors import UserError
 from deco_fast.interop.convert import convert
@@ -242,3 +245,28 @@ class TestPixDDT:
         x = torch.randn(1, 3, 8, 8)
         tokens = model.encode(x, torch.rand(1), torch.tensor([1]))
         assert not torch.equal(model.decode(x, tokens), model.decode(x + 1, tokens))
+
+
+@pytest.mark.slow
+def test_trains_goes_on_and_draws(config: ClassConfig, tmp_path: Path) -> None:
+    """By the commands, as a user does: two steps, two more, then pictures of it."""
+    fields = {
+        "name": "baseline",
+        "model": replace(config, num_classes=10).to_json(),
+        "data": {"dataset": "digits", "height": 8, "width": 8, "workers": 0},
+        "loss": {"frequency_weight": 0},
+        "training": {"steps": 4, "batch_size": 4, "precision": "bf16", "compile": False},
+        "sampling": {"steps": 2, "guidance_scale": 2.0},
+        "output": {"checkpoint_every": 2, "sample_every": 4, "sample_count": 10},
+    }
+    file = tmp_path / "baseline.yaml"
+    file.write_text(yaml.safe_dump(fields))
+    run, pictures = tmp_path / "run", tmp_path / "pictures"
+    options = ["--config", str(file), "--out", str(run)]
+    assert train([*options, "--max-time", "0s"]) == 0 and not (run / "finished").exists()
+    assert train(options) == 0 and (run / "finished").exists()
+    assert (run / "samples" / "step-00000004.png").exists()
+    loaded = load_checkpoint(run)
+    assert type(loaded) is type(build_network(config))
+    drawing = ["--checkpoint", str(run), "--num", "3", "--out", str(pictures)]
+    assert draw(drawing) == 0 and len(list(pictures.glob("**/*.png"))) == 4
