@@ -7,8 +7,9 @@ another, and nothing of what our kernels gain: that is in the other files.
 
 from __future__ import annotations
 
+import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 
 import pytest
@@ -19,7 +20,7 @@ from torch import Tensor
 from benchmarks.comparison import MAX_ROUNDS, MIN_ROUNDS
 from benchmarks.inputs import normal, randomize
 from benchmarks.machine import Machine
-from benchmarks.memory import peak_memory
+from benchmarks.memory import available_memory, peak_memory
 from benchmarks.models import MODELS, STEPS, Model, ModelFigures, ModelTable
 from benchmarks.settings import Settings
 from benchmarks.timing import Turns
@@ -29,6 +30,7 @@ from deco_fast.alignment.features import Features
 from deco_fast.config import RunConfig
 from deco_fast.data.loader import Batch
 from deco_fast.models.build import build_network
+from deco_fast.models.config import ClassConfig
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.training.distributed import Processes
 from deco_fast.training.step import TrainingStep
@@ -55,46 +57,30 @@ def test_models(
     if precision == "bf16" and machine.no_bf16:
         pytest.skip(machine.no_bf16)
     runs = {model.name: model.run(small, batch, precision) for model in MODELS}
-    held = sum(COPIES * FLOAT32_BYTES * parameter_count(run.model) for run in runs.values())
-    settings.require_memory(held)
-    subjects = {model.name: _Subject(model, runs[model.name], settings) for model in MODELS}
-    turns = [
-        Turns(
-            {name: getattr(subject, task) for name, subject in subjects.items()},
-            machine.clock,
-            machine.clock.min_sample_seconds,
-        )
-        for task in ("iterate", "draw")
-    ]
-    per_round = sum(turn.calibrate() for turn in turns)
-    least = MIN_ROUNDS if small else LARGE_ROUNDS
-    rounds = min(max(int(settings.seconds / per_round), least), MAX_ROUNDS)
-    benchmark.pedantic(
-        lambda: [turn.round() for turn in turns], rounds=1 if settings.trial else rounds
-    )
-    figures = []
-    for model in MODELS:
-        subject, run = subjects[model.name], runs[model.name]
-        iterations, images = (turn.samples[model.name] for turn in turns)
-        work = training_work(run.model, subject.images, subject.encoder_flops)
-        figures.append(
-            ModelFigures(
-                model.name,
-                parameter_count(run.model),
-                statistics.median(iterations),
-                (min(iterations), max(iterations)),
-                machine.floor(work, PRECISIONS[precision]).seconds,
-                subject.training_memory(),
-                statistics.median(images),
-                (min(images), max(images)),
-                subject.inference_memory(),
-                None if small else asdict(model.published),
-            )
-        )
+    held = {name: COPIES * FLOAT32_BYTES * parameter_count(run.model) for name, run in runs.items()}
+    together = 1.1 * sum(held.values()) < available_memory(settings.device)
+    if not together:
+        settings.require_memory(max(held.values()))
+    groups = [MODELS] if together else [(model,) for model in MODELS]
+    figures: list[ModelFigures] = []
+    least = 1 if settings.trial else MIN_ROUNDS if small else LARGE_ROUNDS
+
+    def measure() -> None:
+        for group in groups:
+            subjects = [_Subject(runs[one.name], settings, machine, precision) for one in group]
+            _take_turns(subjects, settings.seconds / len(groups), least, machine)
+            for model, subject in zip(group, subjects, strict=True):
+                figures.append(subject.figures(model, small))
+            del subject, subjects  # before the next ones are made
+            torch.compiler.reset()
+            gc.collect()
+
+    benchmark.pedantic(measure, rounds=1)
+    images = Images(batch, runs["DeCo"].data.height, runs["DeCo"].data.width)
     table = ModelTable(
         f"models of Table 1, size {size}, {precision}",
-        f"Training {subjects['DeCo'].images}; drawing one image in {STEPS} Euler steps without "
-        "guidance; in brackets the spread"
+        f"Training {images}; drawing one image in {STEPS} Euler steps without guidance; "
+        f"{'in turns' if together else 'one model after the other'}; in brackets the spread"
         + ("" if small else ", and the paper's figures in GB and seconds"),
         figures,
     )
@@ -104,32 +90,58 @@ def test_models(
     assert all(row.iteration > 0 and row.image > 0 for row in figures)
 
 
+def _take_turns(
+    subjects: Collection[_Subject], seconds: float, least: int, machine: Machine
+) -> None:
+    """Let all train, then all draw, and so on; each keeps its samples."""
+    tasks = {
+        task: Turns(
+            {str(i): getattr(subject, task) for i, subject in enumerate(subjects)},
+            machine.clock,
+            machine.clock.min_sample_seconds,
+        )
+        for task in ("iterate", "draw")
+    }
+    per_round = sum(turns.calibrate() for turns in tasks.values())
+    for _ in range(min(max(int(seconds / per_round), least), MAX_ROUNDS)):
+        for turns in tasks.values():
+            turns.round()
+    for i, subject in enumerate(subjects):
+        subject.samples = {task: turns.samples[str(i)] for task, turns in tasks.items()}
+
+
 class _Subject:
     """One model, ready to be trained and to draw."""
 
-    def __init__(self, model: Model, config: RunConfig, settings: Settings) -> None:
+    def __init__(
+        self, config: RunConfig, settings: Settings, machine: Machine, precision: str
+    ) -> None:
         device = settings.device
         data, training = config.data, config.training
-        self.device = device
-        self.images = Images(training.batch_size, data.height, data.width)
-        self.encoder_flops = encoder_flops(self.images) if config.alignment.enabled else 0
-        features = None
+        assert isinstance(config.model, ClassConfig)
+        self.config, self.device = config, device
+        images = Images(training.batch_size, data.height, data.width)
+        features, encoder_work = None, 0
         if config.alignment.enabled:
-            features = Features(torch.compile(DINOv2(random_dinov2()).to(device), dynamic=False))  # type: ignore[arg-type]
+            features = Features(DINOv2(random_dinov2()).to(device))
+            features.compile()
+            encoder_work = encoder_flops(images)
+        work = training_work(config.model, images, encoder_work)
+        self.floor = machine.floor(work, PRECISIONS[precision]).seconds
+        self.samples: dict[str, list[float]] = {}
         self._training = TrainingStep(config, Processes(0, 1, device), features)
         randomize(self._training.model)
-        # Not by `prepare`, which leaves the shapes open for the last batch of an epoch.
         if not settings.trial:
-            self._training.network = torch.compile(self._training.objective, dynamic=False)  # type: ignore[assignment]
+            self._training.objective.compile(dynamic=False)
         shape = (training.batch_size, 3, data.height, data.width)
         self._batch = Batch(
-            normal(*shape).clamp(-1, 1).to(device),
-            torch.arange(training.batch_size) % config.model.num_classes,  # type: ignore[union-attr]
+            normal(*shape).clamp(-1, 1),
+            torch.arange(training.batch_size) % config.model.num_classes,
             torch.arange(training.batch_size),
         )
         network = build_network(config.model, config.card())
         randomize(network)
-        network.to(device, PRECISIONS[training.precision]).requires_grad_(False)
+        network.to(device, PRECISIONS[precision]).requires_grad_(False)
         self._engine = SamplingEngine(
             network,
             replace(config.sampling, solver="euler", steps=STEPS, guidance_scale=1.0),
@@ -139,6 +151,22 @@ class _Subject:
         self._engine.warm_up()
         self._noise = normal(1, *self._engine.image_shape).to(device)
         self.iterate()
+
+    def figures(self, model: Model, small: bool) -> ModelFigures:
+        """What the turns have measured, and the memory."""
+        iterations, images = self.samples["iterate"], self.samples["draw"]
+        return ModelFigures(
+            model.name,
+            parameter_count(self.config.model),
+            statistics.median(iterations),
+            (min(iterations), max(iterations)),
+            self.floor,
+            self.training_memory(),
+            statistics.median(images),
+            (min(images), max(images)),
+            self.inference_memory(),
+            None if small else asdict(model.published),
+        )
 
     def iterate(self) -> Tensor:
         """A training step."""
