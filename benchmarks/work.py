@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from deco_fast import ops
-from deco_fast.interop.published import has_layout
+from deco_fast.interop.published import Layout, layout_for
 from deco_fast.kernels.flow_matching_loss.reference import BLOCK
 from deco_fast.kernels.pixel_decoder.reference import POSITION_FEATURES
 from deco_fast.models.build import build_network
@@ -157,7 +157,7 @@ def model_flops(
 
     Backward: twice that, less the gradients of the image and of the time's sinusoids.
     """
-    if not has_layout(config):
+    if layout_for(config) != Layout():
         return counted_flops(config, images, backward)
     assert isinstance(config, PixelDecoderConfig)
     length, width = images.tokens(config.patch_size), config.hidden_size

@@ -7,7 +7,6 @@ them where they are absent is skipped. Nothing here is read before a test asks f
 from __future__ import annotations
 
 import json
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deco_fast.interop.published import from_published
+from deco_fast.interop.published import Layout, layout_of
 from deco_fast.models.build import build_network
 from deco_fast.models.config import (
     DeCoConfig,
@@ -100,35 +99,21 @@ def deco_config(published: dict[str, int]) -> NetworkConfig:
     return DeCoConfig(**common)
 
 
-def our_name(published: str, depth: int | None = None) -> str:
-    """Our name of a published tensor, which must exist.
+DECO = Layout()
 
-    Args:
-        published: of DeCo or of a baseline.
-        depth: of the DiT of a PixNerd, whose NerfBlocks follow the DiT's in one list.
-    """
-    if match := re.fullmatch(r"blocks\.(\d+)\.(param_generator1\.0|norm)\.(\w+)", published):
-        index, layer, leaf = match.groups()
-        assert depth is not None, f"{published}: how deep is the DiT?"
-        return f"decoder.blocks.{int(index) - depth}.{layer.partition('1')[0]}.{leaf}"
-    if match := re.fullmatch(r"final_layer\.(linear|norm)\.(\w+)", published):
-        layer, leaf = match.groups()
-        return f"decoder.{'output' if layer == 'linear' else layer}.{leaf}"
-    if match := re.fullmatch(
-        r"(final_layer\.adaLN_modulation\.0|x_embedder\.proj)\.(\w+)", published
-    ):
-        layer, leaf = match.groups()
-        return f"{'patch_embedder' if layer == 'x_embedder.proj' else 'modulation'}.{leaf}"
-    name = from_published(published)
+
+def our_name(published: str, layout: Layout = DECO) -> str:
+    """Our name of a published tensor, which must exist."""
+    name = layout.from_published(published)
     assert name is not None, f"{published} has no counterpart"
     return name
 
 
 def our_names(name: str) -> dict[str, str]:
     """Our names of the parameters of `<name>.safetensors`, by the published ones."""
-    depth = deco_config(metadata(name)["config"]).depth
     parameters = [key.removeprefix("param.") for key in tensors(name) if key.startswith("param.")]
-    return {published: our_name(published, depth) for published in parameters}
+    layout = layout_of(parameters)
+    return {published: our_name(published, layout) for published in parameters}
 
 
 def load_model(name: str) -> DeCoNetwork:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from golden import gradient_norms, load_model, metadata, our_name, relative_error, tensors
+from golden import gradient_norms, load_model, metadata, our_names, relative_error, tensors
 from processes import TINY, assert_identical, in_processes, weights
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -148,11 +148,12 @@ def test_a_training_step_equals_golden(
         if published == "fm_loss_freq" and not config.loss.frequency_weight:
             continue
         assert relative_error(losses[f"loss/{ours}"], golden[f"loss.{published}"]) <= 2e-6, ours
+    names = our_names(meta["model_file"])
     stored = [key for key in golden if key.startswith("grad.denoiser.")]
     assert len(stored) == stored_gradients
     for key in stored:
         published = key.removeprefix("grad.denoiser.")
-        gradient = gradients[f"model.{our_name(published)}"]
+        gradient = gradients[f"model.{names[published]}"]
         gradient = gradient[:: meta["grad_row_stride"][published]]
         assert relative_error(gradient, golden[key]) <= 1e-5, published
     for leaf in projector.state_dict():

@@ -10,6 +10,7 @@ import torch
 from golden import deco_config, document, our_name
 
 from deco_fast import DeCo
+from deco_fast.interop.published import layout_of
 from deco_fast.models.build import build_network
 from deco_fast.models.config import DeCoT2IConfig, NetworkConfig
 from deco_fast.models.deco_t2i import DeCoT2I
@@ -19,10 +20,10 @@ from deco_fast.models.presets import PRESETS
 @pytest.fixture(scope="module", params=["c2i_deco", "t2i_deco", "c2i_baseline", "c2i_pixnerd"])
 def golden(request: pytest.FixtureRequest) -> tuple[NetworkConfig, dict[str, dict[str, float]]]:
     statistics = document("init_stats")[request.param]
-    config = deco_config(statistics["config"])
+    config, layout = deco_config(statistics["config"]), layout_of(statistics["params"])
     return (
         config,
-        {our_name(name, config.depth): stats for name, stats in statistics["params"].items()},
+        {our_name(name, layout): stats for name, stats in statistics["params"].items()},
     )
 
 

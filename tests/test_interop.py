@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 import os
@@ -33,7 +34,7 @@ from deco_fast.interop.convert import convert
 from deco_fast.interop.unpickle import Placeholder, TensorRecord, TorchFile
 from deco_fast.models.build import build_network
 from deco_fast.models.card import ModelCard, SamplingSettings
-from deco_fast.models.config import DeCoConfig, DeCoT2IConfig
+from deco_fast.models.config import DeCoConfig, DeCoT2IConfig, PixelDiTConfig
 from deco_fast.models.deco import DeCo
 from deco_fast.models.deco_t2i import DeCoT2I
 from deco_fast.models.presets import PRESETS
@@ -66,7 +67,7 @@ def published_state(
     state = OrderedDict()
     for prefix, tensors in (("denoiser.", model), ("ema_denoiser.", ema)):
         for name, tensor in (tensors or {}).items():
-            state[prefix + published.to_published(name)] = tensor
+            state[prefix + published.Layout().to_published(name)] = tensor
     state["diffusion_trainer.proj.0.0.weight"] = torch.zeros(16, 16)
     return state
 
@@ -122,6 +123,9 @@ def layout(name: str) -> dict[str, tuple[int, ...]]:
         ("DeCo_large", "deco-l"),
         ("pretraining_res256", "deco-t2i"),
         ("sft_res512", "deco-t2i"),
+        ("Baseline_DiT", "baseline-l"),
+        ("Baseline_DiT_XL", "baseline-xl"),
+        ("Baseline_PixNerd", "pixnerd-l"),
     ],
 )
 def test_names_and_shapes_map_one_to_one(name: str, preset: str, weights: str) -> None:
@@ -134,32 +138,56 @@ def test_names_and_shapes_map_one_to_one(name: str, preset: str, weights: str) -
     with torch.device("meta"):
         model = build_network(PRESETS[preset].config)
     ours = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    assert {published.from_published(key): shape for key, shape in theirs.items()} == ours
-    assert {published.to_published(key): shape for key, shape in ours.items()} == theirs
+    found = published.layout_of(theirs)
+    assert found == published.layout_for(model.config)
+    assert {found.from_published(key): shape for key, shape in theirs.items()} == ours
+    assert {found.to_published(key): shape for key, shape in ours.items()} == theirs
     assert published.infer_config(ours) == model.config
-    assert published.other_network(theirs) is None
+    assert not published.missing_for_inference(ours)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("Baseline_DiT_XL", "baseline"),
-        ("Baseline_DiT_JiT", "baseline"),
-        ("Baseline_PixNerd", "PixNerd"),
-    ],
-)
-def test_other_networks_are_recognised(name: str, kind: str) -> None:
-    names = [
-        key.removeprefix("ema_denoiser.") for key in layout(name) if key.startswith("ema_denoiser.")
-    ]
-    assert kind in (published.other_network(names) or "")
+@pytest.mark.parametrize("name", ["model_c2i_baseline_p16", "model_c2i_pixnerd_p16"])
+def test_a_baseline_to_our_layout_and_back(tmp_path: Path, name: str) -> None:
+    state = {
+        key.replace("param.", "ema_denoiser."): tensor
+        for key, tensor in golden.tensors(name).items()
+        if key.startswith("param.")
+    }
+    convert(lightning_file(tmp_path / "a.ckpt", state), tmp_path / "ours")
+    notes = convert(tmp_path / "ours", tmp_path / "b.ckpt")
+    arguments = next(note for note in notes if "configuration file" in note)
+    for key, value in golden.metadata(name)["config"].items():
+        assert f"{key}: {value}" in arguments
+    again = torch.load(tmp_path / "b.ckpt", weights_only=True)["state_dict"]
+    assert again.keys() == state.keys()
+    for key, tensor in state.items():
+        assert torch.equal(again[key], tensor), key
+
+
+def test_a_preset_says_that_a_pixel_dit_predicts_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "model_c2i_baseline_p16"
+    state = {
+        key.replace("param.", "ema_denoiser."): tensor
+        for key, tensor in golden.tensors(name).items()
+        if key.startswith("param.")
+    }
+    path = lightning_file(tmp_path / "jit.ckpt", state)
+    small = golden.deco_config(golden.metadata(name)["config"])
+    assert isinstance(small, PixelDiTConfig)
+    jit = PRESETS["jit-l"]._replace(config=dataclasses.replace(small, prediction="image"))
+    monkeypatch.setitem(PRESETS, "jit-l", jit)
+    assert load_checkpoint(path).config == small
+    assert "the network predicts velocity" in read_card(path).assumed
+    assert load_checkpoint(path, preset="jit-l").config == jit.config
 
 
 def test_names_of_no_tensor() -> None:
     for name in ("blocks.0.norm1.scale", "blocks.x.norm1.weight", "s_embedder.proj", "rope"):
-        assert published.from_published(name) is None
-        with pytest.raises(ValueError, match="not a tensor of DeCo"):
-            published.to_published(name)
+        assert published.Layout().from_published(name) is None
+        with pytest.raises(ValueError, match="not a tensor of a published deco"):
+            published.Layout().to_published(name)
 
 
 @settings(max_examples=25)
@@ -199,7 +227,16 @@ def test_any_architecture_is_found_from_its_tensors(
 # Loading
 
 
-@pytest.mark.parametrize("name", ["model_c2i_deco_p16", "model_c2i_deco_p8", "model_t2i_deco_p8"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_c2i_deco_p16",
+        "model_c2i_deco_p8",
+        "model_t2i_deco_p8",
+        "model_c2i_baseline_p16",
+        "model_c2i_pixnerd_p16",
+    ],
+)
 def test_the_golden_velocity(tmp_path: Path, name: str) -> None:
     tensors = golden.tensors(name)
     parameters = {
@@ -594,22 +631,6 @@ def test_a_file_with_only_one_kind_of_weights(tmp_path: Path) -> None:
     assert_refused(path, "holds no 'ema' weights (it has: model): use --weights model")
     path = lightning_file(tmp_path / "f.ckpt", published_state(None, random_state(2)))
     assert_refused(path, "holds no 'model' weights (it has: ema)", weights="model")
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("model_c2i_baseline_p16", "a baseline DiT"),
-        ("model_c2i_pixnerd_p16", "a PixNerd model"),
-    ],
-)
-def test_a_file_of_another_network(tmp_path: Path, name: str, kind: str) -> None:
-    state = {
-        key.replace("param.", "ema_denoiser."): tensor
-        for key, tensor in golden.tensors(name).items()
-        if key.startswith("param.")
-    }
-    assert_refused(lightning_file(tmp_path / "f.ckpt", state), kind, "name a checkpoint of DeCo")
 
 
 def test_a_published_text_model(tmp_path: Path) -> None:

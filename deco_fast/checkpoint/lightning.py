@@ -13,7 +13,7 @@ from deco_fast.errors import UserError
 from deco_fast.interop import published
 from deco_fast.interop.unpickle import TensorRecord, TorchFile
 from deco_fast.models.card import ModelCard
-from deco_fast.models.config import DeCoConfig, NetworkConfig
+from deco_fast.models.config import DeCoT2IConfig, NetworkConfig
 from deco_fast.models.presets import PRESETS
 
 PUBLISHED_METADATA = "deco_fast"
@@ -51,15 +51,13 @@ def open_published(path: Path, weights: str | None) -> Source:
         for name, tensor in tensors.items()
         if name.startswith(prefix)
     }
-    other = published.other_network(records)
-    if other:
-        raise UserError(f"{path} is {other}, and this loads DeCo: name a checkpoint of DeCo")
-    ours = {name: published.from_published(name) for name in records}
+    layout = published.layout_of(records)
+    ours = {name: layout.from_published(name) for name in records}
     by_name = {our: records[name] for name, our in ours.items() if our is not None}
     shapes = {name: record.shape for name, record in by_name.items()}
 
     def name_in_file(name: str) -> str:
-        return prefix + published.to_published(name)
+        return prefix + layout.to_published(name)
 
     metadata = content.get(PUBLISHED_METADATA)
     if isinstance(metadata, dict):
@@ -125,7 +123,7 @@ def _infer_config(
 
 def _assumed_card(path: Path, content: Mapping[str, Any], config: NetworkConfig) -> ModelCard:
     """What a published file does not say, as published: for ImageNet at 256×256, or text at 512."""
-    card = PRESETS["deco-xl" if isinstance(config, DeCoConfig) else "deco-t2i"].card
+    card = PRESETS["deco-t2i" if isinstance(config, DeCoT2IConfig) else "deco-xl"].card
     sampling = card.sampling
     low, high = sampling.guidance_interval
     end = ")" if sampling.solver == "adams" else "]"

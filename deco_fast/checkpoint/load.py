@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,7 +15,7 @@ from deco_fast.checkpoint.sniff import open_source
 from deco_fast.checkpoint.source import Source
 from deco_fast.errors import UserError, nearest
 from deco_fast.models.card import ModelCard
-from deco_fast.models.config import DeCoT2IConfig, NetworkConfig
+from deco_fast.models.config import DeCoT2IConfig, NetworkConfig, PixelDiTConfig
 from deco_fast.models.network import DeCoNetwork
 from deco_fast.models.presets import PRESETS
 from deco_fast.models.presets import preset as named_preset
@@ -75,12 +75,21 @@ def open_checkpoint(
     source = open_source(locate(path), weights)
     if chosen is None:
         return source
+    if source.card.assumed and isinstance(chosen.config, PixelDiTConfig):
+        # Tensors alone do not tell JiT from the baseline.
+        source = _predicting(source, chosen.config.prediction)
     suitable = [
         name for name, other in PRESETS.items() if not _differences(source.config, other.config)
     ]
     remedy = f"use --preset {' or '.join(suitable)}" if suitable else "leave --preset out"
     _compare(source.path, source.config, chosen.config, f"preset {preset}", remedy)
     return replace(source, card=replace(chosen.card, step=source.card.step))
+
+
+def _predicting(source: Source, prediction: Literal["velocity", "image"]) -> Source:
+    if not isinstance(source.config, PixelDiTConfig):
+        return source
+    return replace(source, config=replace(source.config, prediction=prediction))
 
 
 def load_weights(path: str | Path, model: DeCoNetwork, weights: str | None = None) -> None:

@@ -17,7 +17,13 @@ from deco_fast.checkpoint.source import MissingWeightsError, Source
 from deco_fast.errors import UserError
 from deco_fast.interop import published
 from deco_fast.interop.progress import written_bytes_bar
-from deco_fast.models.config import DeCoConfig, DeCoT2IConfig, NetworkConfig
+from deco_fast.models.config import (
+    DeCoConfig,
+    DeCoT2IConfig,
+    NetworkConfig,
+    PixelDiTConfig,
+    PixNerdConfig,
+)
 
 _LIGHTNING_VERSION = "2.5.0"
 """Lightning refuses a file that does not name the version it was written with."""
@@ -62,10 +68,10 @@ def convert(
     if first.is_published == (destination.suffix == ".ckpt") and not to_one_file:
         layout = "published" if first.is_published else "deco_fast's own"
         raise UserError(f"{source} and {destination} are both in {layout} layout: copy it instead")
-    if not published.has_layout(first.config) and destination.suffix == ".ckpt":
+    if destination.suffix == ".ckpt" and published.layout_for(first.config) is None:
         raise UserError(
-            f"{source} is no DeCo as published ({first.config.kind}), and nothing else is "
-            "written in the published layout: name a folder or a .safetensors file"
+            f"{source} is a network of which nothing is published ({first.config.kind}), so it has "
+            "no published layout: name a folder or a .safetensors file"
         )
     if destination.exists() and not force:
         raise UserError(f"{destination} exists: choose another name, or replace it with --force")
@@ -102,8 +108,10 @@ def _open_all(source: str | Path, preset: str | None, wanted: tuple[str, ...]) -
 
 
 def _write_published(path: Path, source: Source, networks: dict[str, dict[str, Tensor]]) -> None:
+    layout = published.layout_for(source.config)
+    assert layout is not None, "refused above"
     state = {
-        published.PREFIXES[weights] + published.to_published(name): tensor
+        published.PREFIXES[weights] + layout.to_published(name): tensor
         for weights, tensors in networks.items()
         for name, tensor in tensors.items()
     } | {published.PROJECTOR_PREFIX + name: tensor for name, tensor in source.projector().items()}
@@ -144,13 +152,17 @@ def _published_arguments(config: NetworkConfig) -> str:
         "num_groups": config.num_heads,
         "hidden_size": config.hidden_size,
     }
-    if isinstance(config, DeCoConfig):
+    if isinstance(config, PixelDiTConfig):
+        arguments |= {"num_blocks": config.depth, "num_classes": config.num_classes}
+    if isinstance(config, DeCoConfig | PixNerdConfig):
         arguments |= {
             "hidden_size_x": config.decoder_hidden_size,
             "num_blocks": config.depth + config.decoder_depth,
             "num_cond_blocks": config.depth,
             "num_classes": config.num_classes,
         }
+    if isinstance(config, PixNerdConfig):
+        arguments |= {"nerf_mlpratio": config.nerf_mlp_ratio}
     if isinstance(config, DeCoT2IConfig):
         arguments |= {
             "txt_embed_dim": config.text_size,

@@ -38,7 +38,10 @@ class DeCo(ClassConditional):
         """
         config, card = preset(name)
         if not isinstance(config, DeCoConfig):
-            raise UserError(f"{name} draws from text: use DeCoT2I.from_preset")
+            raise UserError(
+                f"{name} is no DeCo for class labels: use DeCoT2I.from_preset for the text model, "
+                "build_network(preset(NAME).config) for others"
+            )
         return cls(config, card)
 
     def make_decoder(self) -> nn.Module:

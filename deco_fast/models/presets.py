@@ -6,7 +6,13 @@ from typing import NamedTuple
 
 from deco_fast.errors import UserError, nearest
 from deco_fast.models.card import ModelCard, SamplingSettings
-from deco_fast.models.config import DeCoConfig, DeCoT2IConfig, NetworkConfig
+from deco_fast.models.config import (
+    DeCoConfig,
+    DeCoT2IConfig,
+    NetworkConfig,
+    PixelDiTConfig,
+    PixNerdConfig,
+)
 
 
 class Preset(NamedTuple):
@@ -57,6 +63,26 @@ PRESETS: dict[str, Preset] = {
             width=32,
             sampling=SamplingSettings(guidance_scale=2.0),
         ),
+    ),
+    # The baselines of the paper's Table 1, and the largest of them.
+    "baseline-l": Preset(
+        PixelDiTConfig(hidden_size=1024, depth=24, num_heads=16),
+        ModelCard(name="baseline-l", sampling=SamplingSettings(steps=50)),
+    ),
+    "baseline-xl": Preset(
+        PixelDiTConfig(hidden_size=1152, depth=28, num_heads=16),
+        ModelCard(
+            name="baseline-xl",
+            sampling=SamplingSettings(guidance_scale=3.2, guidance_interval=(0.1, 1.0)),
+        ),
+    ),
+    "jit-l": Preset(
+        PixelDiTConfig(hidden_size=1024, depth=24, num_heads=16, prediction="image"),
+        ModelCard(name="jit-l", prediction="image", sampling=SamplingSettings(steps=50)),
+    ),
+    "pixnerd-l": Preset(
+        PixNerdConfig(hidden_size=1024, depth=22, num_heads=16),
+        ModelCard(name="pixnerd-l", sampling=SamplingSettings(steps=50)),
     ),
     # As published for the model after its last stage, sft_res512.
     "deco-t2i": Preset(
