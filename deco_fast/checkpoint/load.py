@@ -82,7 +82,7 @@ def open_checkpoint(
         name for name, other in PRESETS.items() if not _differences(source.config, other.config)
     ]
     remedy = f"use --preset {' or '.join(suitable)}" if suitable else "leave --preset out"
-    _compare(source.path, source.config, chosen.config, f"preset {preset}", remedy)
+    check_architecture(source.path, source.config, chosen.config, f"preset {preset}", remedy)
     return replace(source, card=replace(chosen.card, step=source.card.step))
 
 
@@ -104,7 +104,7 @@ def load_weights(path: str | Path, model: DeCoNetwork, weights: str | None = Non
         UserError: as `load_checkpoint`, or the architecture is another.
     """
     source = open_checkpoint(path, weights)
-    _compare(source.path, source.config, model.config, "the model to load it into")
+    check_architecture(source.path, source.config, model.config, "the model to load it into")
     source.empty_model()
     with torch.no_grad():
         for name, parameter in model.state_dict().items():
@@ -170,13 +170,25 @@ def _differences(one: NetworkConfig, other: NetworkConfig) -> dict[str, tuple[An
     }
 
 
-def _compare(
+def check_architecture(
     path: Path,
     config: NetworkConfig,
     expected: NetworkConfig,
     what: str,
     remedy: str = "name another checkpoint",
 ) -> None:
+    """See that a checkpoint is of an architecture.
+
+    Args:
+        path: of the checkpoint.
+        config: the checkpoint's.
+        expected: the other one.
+        what: has the other one.
+        remedy: the end of the message.
+
+    Raises:
+        UserError: it is not; what differs is named.
+    """
     differences = _differences(config, expected)
     if isinstance(config, DeCoT2IConfig) != isinstance(expected, DeCoT2IConfig):
         condition = "text" if isinstance(config, DeCoT2IConfig) else "class labels"

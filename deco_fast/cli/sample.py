@@ -17,13 +17,12 @@ from deco_fast.checkpoint import load_checkpoint, read_card, read_config
 from deco_fast.checkpoint.find import locate
 from deco_fast.cli.sample_options import DTYPES, sample_parser
 from deco_fast.compiling import explain_compile_errors, keep_compiled_code
-from deco_fast.conditioning.qwen3 import QWEN3_1_7B, Qwen3TextEncoder
+from deco_fast.conditioning.qwen3 import Qwen3TextEncoder
 from deco_fast.errors import UserError, run_command
 from deco_fast.guidance import check_interval
 from deco_fast.models.attention import activate_flash_attention
 from deco_fast.models.card import ModelCard, SamplingSettings
 from deco_fast.models.config import DeCoT2IConfig
-from deco_fast.models.deco_t2i import DeCoT2I
 from deco_fast.models.fp8 import fp8_problem
 from deco_fast.models.network import DeCoNetwork
 from deco_fast.models.presets import preset
@@ -39,6 +38,7 @@ from deco_fast.sampling.run import (
     weights_checksum,
 )
 from deco_fast.sampling.source import checkpoint_name, default_checkpoint
+from deco_fast.sampling.text_encoder import cut_prompts, open_text_encoder, text_encoder_path
 from deco_fast.sampling.writers import (
     GRID_FILE,
     NpzFile,
@@ -154,7 +154,8 @@ def _run(plan: _Plan, options: argparse.Namespace, processes: Processes) -> int:
         DTYPES[options.dtype],
         options.preset,
     )
-    encoder = _text_encoder(plan, options, model, processes)
+    encoder_path = text_encoder_path(options.text_encoder, plan.card)
+    encoder = open_text_encoder(model, encoder_path, processes.device)
     engine_of = functools.partial(
         SamplingEngine,
         model,
@@ -293,24 +294,6 @@ def _grid_path(options: argparse.Namespace, output: Output) -> Path:
     return output.path.with_name(f"{output.path.stem}-{GRID_FILE}")
 
 
-def _text_encoder(
-    plan: _Plan, options: argparse.Namespace, model: DeCoNetwork, processes: Processes
-) -> Qwen3TextEncoder | None:
-    """That of a text model; a class model has none."""
-    if not isinstance(model, DeCoT2I):
-        return None
-    return Qwen3TextEncoder(
-        _encoder_path(plan, options),
-        length=model.config.text_length,
-        size=model.config.text_size,
-        device=processes.device,
-    )
-
-
-def _encoder_path(plan: _Plan, options: argparse.Namespace) -> str:
-    return options.text_encoder or plan.card.text_encoder or QWEN3_1_7B
-
-
 def _describe_prompts(
     job: Job, options: argparse.Namespace, encoder: Qwen3TextEncoder
 ) -> list[str]:
@@ -321,11 +304,7 @@ def _describe_prompts(
     lines = [f"{count}, away from {negative}, encoded by {encoder.path}"]
     if encoder.note:
         lines.append(encoder.note)
-    for prompt in dict.fromkeys([*job.prompts, options.negative_prompt]):
-        if (tokens := encoder.count_tokens(prompt)) > encoder.length:
-            used = f"of {tokens:,} tokens the first {encoder.length} are used"
-            lines.append(f"cut: {used}: {shorten(prompt)!r}")
-    return lines
+    return lines + cut_prompts(encoder, [*job.prompts, options.negative_prompt])
 
 
 def _recorded_conditions(plan: _Plan, options: argparse.Namespace) -> dict[str, Any]:
@@ -334,7 +313,7 @@ def _recorded_conditions(plan: _Plan, options: argparse.Namespace) -> dict[str, 
     return {
         "prompts": plan.job.prompts,
         "negative_prompt": options.negative_prompt,
-        "text_encoder": _encoder_path(plan, options),
+        "text_encoder": text_encoder_path(options.text_encoder, plan.card),
     }
 
 

@@ -28,13 +28,21 @@ def default_checkpoint(runs: Path) -> tuple[Path, str]:
     run = newest_finished_run(runs)
     if run is not None:
         return run, "the newest run that has finished"
+    return shipped_checkpoint(), f"ships with the package; no run in {runs} has finished"
+
+
+def shipped_checkpoint() -> Path:
+    """The checkpoint that is part of the package.
+
+    Raises:
+        UserError: this package has none.
+    """
     shipped = pretrained_folder() / SHIPPED
     if not shipped.exists():
         raise UserError(
-            f"no run in {runs} has finished and this package ships no checkpoint: "
-            "train one (train.py) or name one (--checkpoint)"
+            "this package ships no checkpoint: train one (train.py) or name one (--checkpoint)"
         )
-    return shipped, f"ships with the package; no run in {runs} has finished"
+    return shipped
 
 
 def checkpoint_name(path: Path) -> str:

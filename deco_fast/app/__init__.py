@@ -1,0 +1,1 @@
+"""The page that draws images in a browser; `deco_fast.cli.app` starts it."""

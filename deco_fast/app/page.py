@@ -1,0 +1,231 @@
+"""The page itself: what is on it, and what its buttons do."""
+
+from __future__ import annotations
+
+import html
+import secrets
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from deco_fast.app.drawing import Drawn, draw_request
+from deco_fast.app.request import DrawRequest, check_request
+from deco_fast.app.served import ServedModel
+from deco_fast.errors import UserError
+from deco_fast.models.config import ClassConfig
+from deco_fast.solvers import MAX_ORDER, SOLVERS
+
+# Files that the page has shown are deleted after a day; looked for each hour.
+_DELETE_CACHE = (3600, 24 * 3600)
+# Interpolated, images of a few pixels would be a blur.
+_CSS = "#images img, #preview img, #trajectory img { image-rendering: pixelated; }"
+_PIXELATED_BELOW = 128
+
+
+def build_page(served: ServedModel) -> gr.Blocks:
+    """The page for a model; `serve` puts it on a port."""
+    card = served.card
+    is_class_model = isinstance(served.model.config, ClassConfig)
+    with gr.Blocks(
+        title=f"DeCo: {card.name}", analytics_enabled=False, delete_cache=_DELETE_CACHE
+    ) as page:
+        gr.Markdown(f"# DeCo\n`{card.name}`, {card.height}×{card.width} pixels, {served.device}")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                inputs = _class_inputs(served) if is_class_model else _text_inputs()
+                inputs |= _image_inputs(served)
+                with gr.Row():
+                    generate = gr.Button("Generate", variant="primary", elem_id="generate")
+                    stop = gr.Button("Stop", elem_id="stop")
+            with gr.Column(scale=3, min_width=320):
+                outputs = _outputs()
+
+        def draw(*values: Any) -> Iterator[dict[Any, Any]]:
+            fields = dict(zip(inputs, values, strict=True))
+            try:
+                request = check_request(fields, served.model.config, card.sampling, served.limits)
+                yield from _draw(served, request, outputs)
+            except UserError as error:
+                message = html.escape(" ".join(str(error).split()))
+                raise gr.Error(message, print_exception=False) from error
+
+        drawing = generate.click(
+            draw,
+            list(inputs.values()),
+            list(outputs.values()),
+            api_name="generate",
+            show_progress="hidden",
+            concurrency_limit=1,
+        )
+        stop.click(
+            lambda: {outputs["status"]: "stopped"},
+            None,
+            [outputs["status"]],
+            cancels=[drawing],
+            queue=False,
+            api_visibility="private",
+        )
+    return page
+
+
+def page_css(served: ServedModel) -> str | None:
+    """The page's own style."""
+    return _CSS if max(served.card.height, served.card.width) < _PIXELATED_BELOW else None
+
+
+def _class_inputs(served: ServedModel) -> dict[str, gr.components.Component]:
+    config = served.model.config
+    assert isinstance(config, ClassConfig)
+    return {
+        "classes": gr.Dropdown(
+            [(str(label), label) for label in range(config.num_classes)],
+            value=[],
+            multiselect=True,
+            label="Classes",
+            info=f"0 … {config.num_classes - 1}, in turn; none chosen: all",
+            elem_id="classes",
+        )
+    }
+
+
+def _text_inputs() -> dict[str, gr.components.Component]:
+    return {
+        "prompt": gr.Textbox(
+            label="Prompt", info="empty: whatever the model likes", lines=3, elem_id="prompt"
+        ),
+        "negative_prompt": gr.Textbox(
+            label="Negative prompt", info="what guidance leads away from", elem_id="negative_prompt"
+        ),
+    }
+
+
+def _image_inputs(served: ServedModel) -> dict[str, gr.components.Component]:
+    card, limits, settings = served.card, served.limits, served.card.sampling
+    with gr.Row():
+        fitting = max(1, limits.pixels // (card.height * card.width))
+        num = gr.Number(
+            min(4, limits.images, fitting),
+            label="Number of images",
+            info=f"up to {limits.images}",
+            elem_id="num",
+        )
+        # As text: a browser's numbers are exact up to 2⁵³ only.
+        seed = gr.Textbox("0", label="Seed", info="0 … 2⁶⁴ − 1", max_lines=1, elem_id="seed")
+        random_seed = gr.Button("Another seed", size="sm", min_width=80)
+        random_seed.click(
+            lambda: str(secrets.randbelow(2**32)),
+            None,
+            seed,
+            queue=False,
+            api_visibility="private",
+        )
+    with gr.Row():
+        height = gr.Number(card.height, label="Height", info="pixels", elem_id="height")
+        width = gr.Number(card.width, label="Width", info="pixels", elem_id="width")
+    with gr.Row():
+        steps = gr.Number(
+            settings.steps, label="Steps", info=f"1 … {limits.steps}", elem_id="steps"
+        )
+        guidance = gr.Number(
+            settings.guidance_scale,
+            label="Guidance",
+            info="1 is none",
+            step=0.1,
+            elem_id="guidance",
+        )
+    with gr.Accordion("Solver", open=False):
+        solver = gr.Dropdown(list(SOLVERS), value=settings.solver, label="Solver", elem_id="solver")
+        order = gr.Number(
+            settings.order, label="Order", info=f"of adams, 1 … {MAX_ORDER}", elem_id="order"
+        )
+        time_shift = gr.Number(
+            settings.time_shift,
+            label="Time shift",
+            info="above 1: more steps near the noise",
+            step=0.1,
+            elem_id="time_shift",
+        )
+    return {
+        "num": num,
+        "seed": seed,
+        "height": height,
+        "width": width,
+        "steps": steps,
+        "guidance": guidance,
+        "solver": solver,
+        "order": order,
+        "time_shift": time_shift,
+    }
+
+
+def _outputs() -> dict[str, gr.components.Component]:
+    status = gr.HTML("", elem_id="status")
+    with gr.Row():
+        preview = gr.Image(
+            label="As they are denoised",
+            format="png",
+            interactive=False,
+            elem_id="preview",
+        )
+        trajectory = gr.Image(
+            label="From noise to image",
+            type="filepath",
+            interactive=False,
+            elem_id="trajectory",
+        )
+    return {
+        "status": status,
+        "preview": preview,
+        "trajectory": trajectory,
+        "images": gr.Gallery(
+            label="Images", format="png", columns=4, interactive=False, elem_id="images"
+        ),
+        "download": gr.DownloadButton(
+            "Download all (PNG, animation, settings)", interactive=False, elem_id="download"
+        ),
+        "command": gr.Textbox(
+            label="The same images again, bit for bit",
+            buttons=["copy"],
+            interactive=False,
+            lines=2,
+            elem_id="command",
+        ),
+    }
+
+
+def _draw(
+    served: ServedModel, request: DrawRequest, outputs: dict[str, gr.components.Component]
+) -> Iterator[dict[Any, Any]]:
+    yield {
+        outputs["status"]: "preparing",
+        outputs["trajectory"]: None,
+        outputs["images"]: [],
+        outputs["download"]: gr.DownloadButton(interactive=False),
+        outputs["command"]: "",
+    }
+    # gradio has copied the files when it asks for what comes after the last of them.
+    with tempfile.TemporaryDirectory(prefix="deco-app-") as folder:
+        for moment in draw_request(served, request, Path(folder)):
+            if not isinstance(moment, Drawn):
+                bar = f'<progress max="{moment.total}" value="{moment.done}"></progress>'
+                yield {
+                    outputs["status"]: f"{bar} evaluation {moment.done} of {moment.total}",
+                    outputs["preview"]: moment.preview,
+                }
+                continue
+            size = f"{request.height}×{request.width}"
+            lines = [f"drawn: {request.num} of {size}, seed {request.seed}", *moment.notes]
+            yield {
+                outputs["status"]: "<br>".join(map(html.escape, lines)),
+                outputs["preview"]: moment.preview,
+                outputs["trajectory"]: str(moment.animation),
+                outputs["images"]: [
+                    (str(path), caption)
+                    for path, caption in zip(moment.images, request.captions, strict=True)
+                ],
+                outputs["download"]: gr.DownloadButton(value=str(moment.archive), interactive=True),
+                outputs["command"]: moment.command,
+            }

@@ -1,0 +1,181 @@
+"""`python app.py` and `deco-app`: draw images in a browser."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from deco_fast import ops
+from deco_fast.app.limits import Limits
+from deco_fast.app.served import Origin, ServedModel
+from deco_fast.checkpoint import load_checkpoint, read_card, read_config
+from deco_fast.checkpoint.find import locate
+from deco_fast.checkpoint.format import WEIGHTS
+from deco_fast.checkpoint.load import check_architecture
+from deco_fast.cli.parser import CommandParser, checked, one_of, whole_number
+from deco_fast.cli.sample_options import DTYPES, MATMUL_PRECISIONS
+from deco_fast.config import load_config
+from deco_fast.errors import UserError, run_command
+from deco_fast.models.attention import activate_flash_attention
+from deco_fast.models.card import ModelCard
+from deco_fast.models.fp8 import fp8_problem
+from deco_fast.models.presets import PRESETS, preset
+from deco_fast.sampling.job import check_size
+from deco_fast.sampling.source import shipped_checkpoint
+from deco_fast.sampling.text_encoder import open_text_encoder, text_encoder_path
+from deco_fast.training.distributed import pick_device
+
+
+@run_command
+def main(argv: list[str] | None = None) -> int:
+    """Parse, open the model, serve the page until an interrupt; the exit status."""
+    options = _parser().parse_args(argv)
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "the page needs the package gradio: pip install 'deco-fast[app]'"
+        ) from error
+    ops.check_backend("pixel_decoder")
+    served = _open(options)
+    # Imported here, so that --help and what is wrong with the options do not wait for gradio.
+    from deco_fast.app.server import serve
+
+    serve(served, options.host, options.port, lambda address: _say("page", address))
+    return 0
+
+
+def _say(title: str, text: str) -> None:
+    print(f"{title:<11} {text}", flush=True)
+
+
+def _open(options: argparse.Namespace) -> ServedModel:
+    """The model that the options name.
+
+    Raises:
+        UserError: there is no such checkpoint, device or text encoder, or it is of another
+            architecture than the configuration.
+    """
+    device = pick_device(options.device)
+    if options.dtype == "fp8" and (problem := fp8_problem(device)):
+        raise UserError(f"--dtype fp8: {problem}")
+    checkpoint = locate(options.checkpoint or shipped_checkpoint())
+    card = _card(checkpoint, options)
+    config = read_config(checkpoint)
+    check_size(config, card.height, card.width)
+    torch.set_float32_matmul_precision(options.matmul_precision)
+    activate_flash_attention(device)
+    model = load_checkpoint(checkpoint, options.weights, device, DTYPES[options.dtype])
+    encoder = open_text_encoder(model, text_encoder_path(options.text_encoder, card), device)
+    shipped = "" if options.checkpoint else " (ships with the package)"
+    _say("checkpoint", f"{checkpoint}, {options.weights} weights{shipped}")
+    for assumption in card.assumed:
+        _say("assumed", assumption)
+    _say("computing", f"{options.dtype} on {device}")
+    origin = Origin(
+        options.checkpoint or _short(checkpoint),
+        options.weights,
+        options.dtype,
+        options.matmul_precision,
+    )
+    limits = Limits(
+        images=options.max_images, pixels=options.max_pixels, waiting=options.max_waiting
+    )
+    return ServedModel(model, card, origin, encoder, limits)
+
+
+def _card(checkpoint: Path, options: argparse.Namespace) -> ModelCard:
+    """Image size and settings: the configuration's or preset's, else the checkpoint's."""
+    config = read_config(checkpoint)
+    if options.config:
+        run = load_config(options.config)
+        remedy = "name the --checkpoint that was trained with it"
+        check_architecture(checkpoint, config, run.model, f"--config {options.config}", remedy)
+        return run.card()
+    if options.preset:
+        named = preset(options.preset)
+        remedy = "name another preset, or leave it out"
+        check_architecture(checkpoint, config, named.config, f"--preset {options.preset}", remedy)
+        return named.card
+    return read_card(checkpoint)
+
+
+def _short(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith(os.pardir) else relative
+
+
+def _parser() -> CommandParser:
+    defaults = Limits()
+    parser = CommandParser(
+        prog="app.py", description="Draw images in a browser, on a page that this machine serves."
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help="as for sample.py (default: the digits model that ships with the package)",
+    )
+    source = model.add_mutually_exclusive_group()
+    source.add_argument(
+        "--config",
+        metavar="NAME|FILE",
+        help="image size and settings of a training configuration (default: the checkpoint's own)",
+    )
+    source.add_argument(
+        "--preset",
+        type=checked(preset),
+        metavar="NAME",
+        help=f"image size and settings of {', '.join(PRESETS)}",
+    )
+    model.add_argument(
+        "--weights",
+        type=one_of(WEIGHTS),
+        default="ema",
+        help="ema (the moving average) or model (default: %(default)s)",
+    )
+    model.add_argument(
+        "--text-encoder", metavar="PATH", help="a folder with Qwen3, or hf:owner/repository"
+    )
+    page = parser.add_argument_group("page")
+    page.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="0.0.0.0 opens the page to the network (default: %(default)s, this machine alone)",
+    )
+    page.add_argument(
+        "--port", type=whole_number(1, 65535), help="(default: 7860, or the next one that is free)"
+    )
+    for option, default, text in (
+        ("images", defaults.images, "in one request"),
+        ("pixels", defaults.pixels, "of all images of one request"),
+        ("waiting", defaults.waiting, "requests in the queue; one is drawn at a time"),
+    ):
+        page.add_argument(
+            f"--max-{option}",
+            type=whole_number(1),
+            default=default,
+            metavar="NUMBER",
+            help=f"{text} (default: %(default)s)",
+        )
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--device", default="auto", help="auto, cpu or cuda (default: %(default)s)"
+    )
+    machine.add_argument(
+        "--dtype",
+        type=one_of(tuple(DTYPES)),
+        default="fp32",
+        help="of the model: fp32, bf16, fp16 or fp8 (default: %(default)s)",
+    )
+    machine.add_argument(
+        "--matmul-precision",
+        type=one_of(MATMUL_PRECISIONS),
+        default="highest",
+        help="of products in fp32 (default: %(default)s)",
+    )
+    return parser
