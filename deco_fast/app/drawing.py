@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -74,8 +75,8 @@ def draw_request(
         unless another request has begun after this one was stopped.
 
     Raises:
-        UserError: an image is not finite, there is no memory for so many images, or the disk is
-            full.
+        UserError: an image is not finite, there is no memory for so many images, they take longer
+            than the limit, or the disk is full.
     """
     try:
         yield from served.in_turn(_draw(served, request, folder))
@@ -102,7 +103,13 @@ def _draw(served: ServedModel, request: DrawRequest, folder: Path) -> Iterator[P
         uncondition=None if served.encoder is None else request.negative_prompt,
     )
     frame = 0
+    deadline = time.monotonic() + served.limits.seconds
     for indices, state in states:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"given up after {served.limits.seconds:g} s, the limit of this page: "
+                "draw fewer or smaller images, or in fewer steps"
+            )
         is_last = state.evaluation == engine.evaluations
         if state.evaluation == 0:
             frame = 0

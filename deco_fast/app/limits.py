@@ -14,6 +14,7 @@ class Limits:
         pixels: of all images together; by default 16 images of 512×512.
         steps: of the solver.
         characters: of a prompt; the text encoder reads its beginning.
+        seconds: after which a request is given up.
         waiting: requests that may wait while another is drawn.
     """
 
@@ -21,4 +22,5 @@ class Limits:
     pixels: int = 2**22
     steps: int = 1000
     characters: int = 100_000
+    seconds: float = 600
     waiting: int = 16

@@ -21,8 +21,12 @@ from deco_fast.solvers import MAX_ORDER, SOLVERS
 # Files that the page has shown are deleted after a day; looked for each hour.
 _DELETE_CACHE = (3600, 24 * 3600)
 # Interpolated, images of a few pixels would be a blur.
-_CSS = "#images img, #preview img, #trajectory img { image-rendering: pixelated; }"
+_PIXELATED = "#images img, #preview img, #trajectory img { image-rendering: pixelated; }"
 _PIXELATED_BELOW = 128
+_GALLERY = """
+#images .caption-label { max-width: 100%; font-size: 0.7rem; }
+#images .grid-wrap { min-height: 0 !important; }
+"""
 
 
 def build_page(served: ServedModel) -> gr.Blocks:
@@ -57,7 +61,8 @@ def build_page(served: ServedModel) -> gr.Blocks:
             list(inputs.values()),
             list(outputs.values()),
             api_name="generate",
-            show_progress="hidden",
+            show_progress="minimal",
+            show_progress_on=outputs["status"],
             concurrency_limit=1,
         )
         stop.click(
@@ -71,9 +76,10 @@ def build_page(served: ServedModel) -> gr.Blocks:
     return page
 
 
-def page_css(served: ServedModel) -> str | None:
+def page_css(served: ServedModel) -> str:
     """The page's own style."""
-    return _CSS if max(served.card.height, served.card.width) < _PIXELATED_BELOW else None
+    is_small = max(served.card.height, served.card.width) < _PIXELATED_BELOW
+    return _GALLERY + _PIXELATED if is_small else _GALLERY
 
 
 def _class_inputs(served: ServedModel) -> dict[str, gr.components.Component]:
@@ -114,14 +120,10 @@ def _image_inputs(served: ServedModel) -> dict[str, gr.components.Component]:
         )
         # As text: a browser's numbers are exact up to 2⁵³ only.
         seed = gr.Textbox("0", label="Seed", info="0 … 2⁶⁴ − 1", max_lines=1, elem_id="seed")
-        random_seed = gr.Button("Another seed", size="sm", min_width=80)
-        random_seed.click(
-            lambda: str(secrets.randbelow(2**32)),
-            None,
-            seed,
-            queue=False,
-            api_visibility="private",
-        )
+    another = gr.Button("Another seed", size="sm", elem_id="another")
+    another.click(
+        lambda: str(secrets.randbelow(2**32)), None, seed, queue=False, api_visibility="private"
+    )
     with gr.Row():
         height = gr.Number(card.height, label="Height", info="pixels", elem_id="height")
         width = gr.Number(card.width, label="Width", info="pixels", elem_id="width")
@@ -168,12 +170,14 @@ def _outputs() -> dict[str, gr.components.Component]:
             label="As they are denoised",
             format="png",
             interactive=False,
+            buttons=["download", "fullscreen"],
             elem_id="preview",
         )
         trajectory = gr.Image(
             label="From noise to image",
             type="filepath",
             interactive=False,
+            buttons=["download", "fullscreen"],
             elem_id="trajectory",
         )
     return {
@@ -181,7 +185,13 @@ def _outputs() -> dict[str, gr.components.Component]:
         "preview": preview,
         "trajectory": trajectory,
         "images": gr.Gallery(
-            label="Images", format="png", columns=4, interactive=False, elem_id="images"
+            label="Images",
+            format="png",
+            columns=4,
+            height="auto",
+            interactive=False,
+            buttons=["download", "download_all", "fullscreen"],
+            elem_id="images",
         ),
         "download": gr.DownloadButton(
             "Download all (PNG, animation, settings)", interactive=False, elem_id="download"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 
 import gradio as gr
@@ -21,14 +20,13 @@ def serve(
 
     Args:
         served: the model, and the limits of requests and queue.
-        host: the address to bind to.
+        host: the address to bind to, as `check_address` passes it.
         port: None: 7860, or the next one that is free.
         on_ready: called with the page's address when it can be visited.
 
     Raises:
-        UserError: host or port cannot be had.
+        UserError: no port is free.
     """
-    _check_address(host, port)
     page = build_page(served)
     page.queue(max_size=served.limits.waiting, default_concurrency_limit=1)
     # The default's fonts would come from another server.
@@ -51,21 +49,6 @@ def serve(
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise UserError(f"no port is free from 7860 on: choose one by --port ({error})") from error
+        raise UserError("no port from 7860 on is free: choose one by --port") from error
     on_ready(address)
     page.block_thread()
-
-
-def _check_address(host: str, port: int | None) -> None:
-    """Raise UserError unless something can be bound there."""
-    try:
-        family = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0][0]
-    except (OSError, UnicodeError) as error:
-        raise UserError(
-            f"--host {host} is no address: use 127.0.0.1, or 0.0.0.0 for all of this machine's"
-        ) from error
-    try:
-        socket.create_server((host, port or 0), family=family).close()
-    except OSError as error:
-        option = f"--host {host}" if port is None else f"--host {host} --port {port}"
-        raise UserError(f"{option} cannot be had ({error.strerror}): choose another") from error

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from pathlib import Path
 
 import torch
 
 from deco_fast import ops
+from deco_fast.app.address import check_address
 from deco_fast.app.limits import Limits
 from deco_fast.app.served import Origin, ServedModel
 from deco_fast.checkpoint import load_checkpoint, read_card, read_config
@@ -40,11 +42,15 @@ def main(argv: list[str] | None = None) -> int:
             "the page needs the package gradio: pip install 'deco-fast[app]'"
         ) from error
     ops.check_backend("pixel_decoder")
+    check_address(options.host, options.port)
     served = _open(options)
     # Imported here, so that --help and what is wrong with the options do not wait for gradio.
     from deco_fast.app.server import serve
 
-    serve(served, options.host, options.port, lambda address: _say("page", address))
+    # gradio's own folder is one for all users of the machine, and is left behind.
+    with tempfile.TemporaryDirectory(prefix="deco-app-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        serve(served, options.host, options.port, lambda address: _say("page", address))
     return 0
 
 
@@ -82,7 +88,10 @@ def _open(options: argparse.Namespace) -> ServedModel:
         options.matmul_precision,
     )
     limits = Limits(
-        images=options.max_images, pixels=options.max_pixels, waiting=options.max_waiting
+        images=options.max_images,
+        pixels=options.max_pixels,
+        seconds=options.max_seconds,
+        waiting=options.max_waiting,
     )
     return ServedModel(model, card, origin, encoder, limits)
 
@@ -153,6 +162,7 @@ def _parser() -> CommandParser:
     for option, default, text in (
         ("images", defaults.images, "in one request"),
         ("pixels", defaults.pixels, "of all images of one request"),
+        ("seconds", defaults.seconds, "that a request may take"),
         ("waiting", defaults.waiting, "requests in the queue; one is drawn at a time"),
     ):
         page.add_argument(

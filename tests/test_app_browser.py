@@ -1,0 +1,254 @@
+"""The page in a real browser: the command serves it, Chromium visits it without a display.
+
+What it sees is kept in screenshots/.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+from deco_fast.cli.sample import main as sample
+
+ROOT = Path(__file__).resolve().parents[1]
+SCREENSHOTS = ROOT / "screenshots"
+# Longer than anything takes on a loaded machine; nothing waits that long unless it fails.
+PATIENCE = 120
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (shutil.which("chromium") and shutil.which("chromedriver")),
+        reason="chromium and chromedriver are not installed (.ci/browser installs them)",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`python app.py` with the shipped digits, and its address."""
+    process = subprocess.Popen(
+        [sys.executable, "app.py", "--device", "cpu", "--max-images", "16"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if match := re.match(r"page +(http://127\.0\.0\.1:\d+)", line):
+            break
+    else:
+        pytest.fail("".join(printed))
+    yield process, match[1]
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        # A page that needed another host would work here and nowhere else, or the reverse.
+        "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+        "--window-size=1280,960",
+        f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
+    ):
+        options.add_argument(argument)
+    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def visit(browser: WebDriver, server: tuple[subprocess.Popen[str], str]) -> Visitor:
+    return Visitor(browser, server[1])
+
+
+class Visitor:
+    """A window of the browser that shows the page."""
+
+    def __init__(self, browser: WebDriver, address: str) -> None:
+        self.browser = browser
+        browser.switch_to.new_window("window")
+        self._window = browser.current_window_handle
+        browser.get(address)
+        self.wait_for("#generate")
+
+    def look(self) -> None:
+        """Do what follows in this window."""
+        self.browser.switch_to.window(self._window)
+
+    def wait_for(self, selector: str, text: str = "") -> WebElement:
+        """The first element there, as soon as it has the text in it."""
+
+        def found(browser: WebDriver) -> WebElement | None:
+            elements = browser.find_elements(By.CSS_SELECTOR, selector)
+            return next((element for element in elements if text in element.text), None)
+
+        waiting = WebDriverWait(self.browser, PATIENCE, 0.05, [StaleElementReferenceException])
+        element = waiting.until(found, f"{selector}: {text}")
+        assert isinstance(element, WebElement)
+        return element
+
+    def enter(self, name: str, value: object) -> None:
+        field = self.wait_for(f"#{name} input, #{name} textarea")
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(str(value), Keys.TAB)
+
+    def choose(self, name: str, *values: object) -> None:
+        for value in values:
+            self.wait_for(f"#{name} input").send_keys(str(value), Keys.ENTER)
+
+    def click(self, name: str) -> None:
+        self.wait_for(f"#{name}").click()
+
+    def screenshot(self, name: str) -> None:
+        SCREENSHOTS.mkdir(exist_ok=True)
+        self.browser.save_screenshot(str(SCREENSHOTS / f"{name}.png"))
+
+    def sources(self, name: str) -> list[str]:
+        self.wait_for(f"#{name} img")
+        images = self.browser.find_elements(By.CSS_SELECTOR, f"#{name} img")
+        return [str(image.get_attribute("src")) for image in images]
+
+    def command(self) -> list[str]:
+        """The words after `python sample.py` that the page shows."""
+        value = self.wait_for("#command textarea").get_property("value")
+        return shlex.split(str(value))[2:]
+
+
+def download(address: str) -> bytes:
+    with urllib.request.urlopen(address) as response:
+        content: bytes = response.read()
+    return content
+
+
+def pixels(content: bytes | Path) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content) if isinstance(content, bytes) else content))
+
+
+def test_images_are_drawn_and_can_be_drawn_again(visit: Visitor, tmp_path: Path) -> None:
+    visit.choose("classes", 3, 8)
+    visit.enter("seed", 11)
+    visit.enter("num", 8)
+    visit.enter("steps", 40)
+    visit.click("generate")
+    visit.wait_for("#status", "evaluation")
+    visit.sources("preview")
+    visit.screenshot("denoising")
+    visit.wait_for("#status", "drawn: 8 of 32×32, seed 11")
+    images = visit.sources("images")
+    captions = visit.browser.find_elements(By.CSS_SELECTOR, "#images .caption-label")
+    assert [caption.text for caption in captions] == [
+        f"seed 11, image {i}, class {3 if i % 2 == 0 else 8}" for i in range(8)
+    ]
+    with Image.open(io.BytesIO(download(visit.sources("trajectory")[0]))) as animation:
+        assert animation.n_frames == 25
+    visit.screenshot("drawn")
+
+    assert sample([*visit.command(), "--out", str(tmp_path)]) == 0
+    files = sorted(tmp_path.glob("*-class*.png"))
+    assert len(files) == len(images) == 8
+    for image, file in zip(images, files, strict=True):
+        np.testing.assert_array_equal(pixels(download(image)), pixels(file))
+    archive = visit.wait_for("#download[href], #download a, a#download").get_attribute("href")
+    with zipfile.ZipFile(io.BytesIO(download(str(archive)))) as content:
+        for file in files:
+            np.testing.assert_array_equal(pixels(content.read(file.name)), pixels(file))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("steps", 0, "steps must be 1 … 1000, not 0"),
+        ("height", 33, "height 33 is not divisible by the patch size 8: use 32"),
+        ("seed", "<b>x</b>", "seed must be a whole number, not '<b>x</b>'"),
+        ("num", 17, "number of images must be 1 … 16, not 17"),
+    ],
+)
+def test_wrong_input_shows_a_message(
+    visit: Visitor, field: str, value: object, message: str
+) -> None:
+    visit.enter(field, value)
+    visit.click("generate")
+    visit.wait_for(".toast-body", message)
+    visit.screenshot(f"wrong-{field}")
+    assert not visit.browser.find_elements(By.CSS_SELECTOR, "#images img")
+
+
+def test_two_visitors_at_once(
+    browser: WebDriver, server: tuple[subprocess.Popen[str], str], tmp_path: Path
+) -> None:
+    visitors = [Visitor(browser, server[1]) for _ in range(2)]
+    for seed, visitor in enumerate(visitors):
+        visitor.look()
+        visitor.enter("seed", seed)
+        visitor.enter("num", 4 + seed)
+    for visitor in visitors:
+        visitor.look()
+        visitor.click("generate")
+    for seed, visitor in enumerate(visitors):
+        visitor.look()
+        visitor.wait_for("#status", f"drawn: {4 + seed} of 32×32, seed {seed}")
+        images = visitor.sources("images")
+        assert len(images) == 4 + seed
+        folder = tmp_path / str(seed)
+        assert sample([*visitor.command(), "--out", str(folder)]) == 0
+        for image, file in zip(images, sorted(folder.glob("*-class*.png")), strict=True):
+            np.testing.assert_array_equal(pixels(download(image)), pixels(file))
+        visitor.screenshot(f"visitor-{seed}")
+
+
+def test_stopping_and_drawing_something_else(visit: Visitor) -> None:
+    visit.enter("steps", 1000)
+    visit.click("generate")
+    visit.wait_for("#status", "evaluation")
+    visit.click("stop")
+    visit.wait_for("#status", "stopped")
+    before = visit.wait_for("#seed textarea, #seed input").get_property("value")
+    visit.click("another")
+    WebDriverWait(visit.browser, PATIENCE, 0.05).until(
+        lambda _: visit.wait_for("#seed textarea, #seed input").get_property("value") != before
+    )
+    visit.enter("steps", 5)
+    visit.click("generate")
+    visit.wait_for("#status", "drawn: 4 of 32×32")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT for one process")
+def test_an_interrupt_ends_it(server: tuple[subprocess.Popen[str], str]) -> None:
+    process, _ = server
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=PATIENCE)
+    assert "Traceback" not in rest
+    assert process.returncode in (0, 130)
