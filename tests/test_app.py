@@ -24,6 +24,7 @@ from deco_fast.app.limits import Limits
 from deco_fast.app.pictures import FRAMES, GridPicture, is_frame, save_animation
 from deco_fast.app.request import DrawRequest, check_request
 from deco_fast.app.served import Origin, ServedModel
+from deco_fast.app.visitors import Visitors
 from deco_fast.checkpoint import save_checkpoint
 from deco_fast.cli import app
 from deco_fast.cli.sample import main as sample
@@ -271,6 +272,14 @@ class TestDrawing:
         for ours, expected in zip(drawn.images, alone.images, strict=True):
             np.testing.assert_array_equal(pixels(ours), pixels(expected))
 
+    def test_stopping(self, by_class: ServedModel, tmp_path: Path) -> None:
+        answers = iter([False, False, True])
+        moments = list(
+            draw_request(by_class, check(FIELDS), tmp_path, is_stopped=lambda: next(answers))
+        )
+        assert [type(moment) for moment in moments] == [Progress, Progress]
+        assert list(tmp_path.glob("*.zip")) == []
+
     def test_time_and_numbers_have_limits(self, by_class: ServedModel, tmp_path: Path) -> None:
         by_class.limits = Limits(seconds=-1)
         with pytest.raises(UserError, match="given up after -1 s, the limit of this page"):
@@ -290,6 +299,18 @@ class TestDrawing:
         monkeypatch.setattr(served_module, "SamplingEngine", no_memory)
         with pytest.raises(UserError, match="there is no memory for 16×24: draw fewer or"):
             draw(by_class, FIELDS, tmp_path)
+
+
+def test_only_a_visitor_with_a_request_can_stop_one() -> None:
+    visitors = Visitors()
+    visitors.stop("a")
+    visitors.begin("a")
+    visitors.begin("b")
+    assert not visitors.is_stopped("a")
+    visitors.stop("a")
+    assert (visitors.is_stopped("a"), visitors.is_stopped("b")) == (True, False)
+    visitors.end("a")
+    assert not visitors.is_stopped("a")
 
 
 class TestPictures:

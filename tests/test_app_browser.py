@@ -33,7 +33,7 @@ from deco_fast.cli.sample import main as sample
 ROOT = Path(__file__).resolve().parents[1]
 SCREENSHOTS = ROOT / "screenshots"
 # Longer than anything takes on a loaded machine; nothing waits that long unless it fails.
-PATIENCE = 120
+PATIENCE = 20
 
 pytestmark = [
     pytest.mark.slow,
@@ -68,7 +68,12 @@ def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def browser(downloads: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     for argument in (
@@ -83,6 +88,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
         f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
     ):
         options.add_argument(argument)
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
     service = webdriver.ChromeService(shutil.which("chromedriver"))
     driver = webdriver.Chrome(options=options, service=service)
     yield driver
@@ -157,7 +163,9 @@ def pixels(content: bytes | Path) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(content) if isinstance(content, bytes) else content))
 
 
-def test_images_are_drawn_and_can_be_drawn_again(visit: Visitor, tmp_path: Path) -> None:
+def test_images_are_drawn_and_can_be_drawn_again(
+    visit: Visitor, downloads: Path, tmp_path: Path
+) -> None:
     visit.choose("classes", 3, 8)
     visit.enter("seed", 11)
     visit.enter("num", 8)
@@ -181,8 +189,10 @@ def test_images_are_drawn_and_can_be_drawn_again(visit: Visitor, tmp_path: Path)
     assert len(files) == len(images) == 8
     for image, file in zip(images, files, strict=True):
         np.testing.assert_array_equal(pixels(download(image)), pixels(file))
-    archive = visit.wait_for("#download[href], #download a, a#download").get_attribute("href")
-    with zipfile.ZipFile(io.BytesIO(download(str(archive)))) as content:
+    visit.click("download")
+    archive = downloads / "deco-digits-euler40-seed11.zip"
+    WebDriverWait(visit.browser, PATIENCE, 0.05).until(lambda _: zipfile.is_zipfile(archive))
+    with zipfile.ZipFile(archive) as content:
         for file in files:
             np.testing.assert_array_equal(pixels(content.read(file.name)), pixels(file))
 
@@ -243,6 +253,24 @@ def test_stopping_and_drawing_something_else(visit: Visitor) -> None:
     visit.enter("steps", 5)
     visit.click("generate")
     visit.wait_for("#status", "drawn: 4 of 32×32")
+
+
+def test_one_who_leaves_makes_room(
+    browser: WebDriver, server: tuple[subprocess.Popen[str], str]
+) -> None:
+    leaving, waiting = (Visitor(browser, server[1]) for _ in range(2))
+    leaving.look()
+    leaving.enter("steps", 1000)
+    leaving.enter("num", 16)
+    leaving.click("generate")
+    leaving.wait_for("#status", "evaluation")
+    waiting.look()
+    waiting.enter("steps", 5)
+    waiting.click("generate")
+    leaving.look()
+    leaving.browser.close()
+    waiting.look()
+    waiting.wait_for("#status", "drawn: 4 of 32×32")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT for one process")

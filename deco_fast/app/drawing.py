@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -61,7 +61,10 @@ class Drawn(NamedTuple):
 
 
 def draw_request(
-    served: ServedModel, request: DrawRequest, folder: Path
+    served: ServedModel,
+    request: DrawRequest,
+    folder: Path,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress | Drawn]:
     """Draw with the page's model, and write the files.
 
@@ -69,17 +72,18 @@ def draw_request(
         served: the model.
         request: what was checked.
         folder: an empty one.
+        is_stopped: asked after each evaluation.
 
     Yields:
         `Progress` at moments that depend on the number of evaluations alone; `Drawn` at the end,
-        unless another request has begun after this one was stopped.
+        unless it is stopped, or another request begins.
 
     Raises:
         UserError: an image is not finite, there is no memory for so many images, they take longer
             than the limit, or the disk is full.
     """
     try:
-        yield from served.in_turn(_draw(served, request, folder))
+        yield from served.in_turn(_draw(served, request, folder, is_stopped))
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise UserError(
@@ -87,7 +91,9 @@ def draw_request(
         ) from error
 
 
-def _draw(served: ServedModel, request: DrawRequest, folder: Path) -> Iterator[Progress | Drawn]:
+def _draw(
+    served: ServedModel, request: DrawRequest, folder: Path, is_stopped: Callable[[], bool]
+) -> Iterator[Progress | Drawn]:
     engine = served.engine(request)
     shape = request.num, request.height, request.width
     preview, noisy = GridPicture(*shape), [GridPicture(*shape)]
@@ -105,6 +111,8 @@ def _draw(served: ServedModel, request: DrawRequest, folder: Path) -> Iterator[P
     frame = 0
     deadline = time.monotonic() + served.limits.seconds
     for indices, state in states:
+        if is_stopped():
+            return
         if time.monotonic() > deadline:
             raise UserError(
                 f"given up after {served.limits.seconds:g} s, the limit of this page: "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import gradio as gr
 from deco_fast.app.drawing import Drawn, draw_request
 from deco_fast.app.request import DrawRequest, check_request
 from deco_fast.app.served import ServedModel
+from deco_fast.app.visitors import Visitors
 from deco_fast.errors import UserError
 from deco_fast.models.config import ClassConfig
 from deco_fast.solvers import MAX_ORDER, SOLVERS
@@ -47,33 +49,70 @@ def build_page(served: ServedModel) -> gr.Blocks:
             with gr.Column(scale=3, min_width=320):
                 outputs = _outputs()
 
-        def draw(*values: Any) -> Iterator[dict[Any, Any]]:
-            fields = dict(zip(inputs, values, strict=True))
-            try:
-                request = check_request(fields, served.model.config, card.sampling, served.limits)
-                yield from _draw(served, request, outputs)
-            except UserError as error:
-                message = html.escape(" ".join(str(error).split()))
-                raise gr.Error(message, print_exception=False) from error
-
-        drawing = generate.click(
-            draw,
-            list(inputs.values()),
-            list(outputs.values()),
-            api_name="generate",
-            show_progress="minimal",
-            show_progress_on=outputs["status"],
-            concurrency_limit=1,
-        )
-        stop.click(
-            lambda: {outputs["status"]: "stopped"},
-            None,
-            [outputs["status"]],
-            cancels=[drawing],
-            queue=False,
-            api_visibility="private",
-        )
+        _connect(served, inputs, outputs, generate, stop)
     return page
+
+
+def _connect(
+    served: ServedModel,
+    inputs: dict[str, gr.components.Component],
+    outputs: dict[str, gr.components.Component],
+    generate: gr.Button,
+    stop: gr.Button,
+) -> None:
+    """What the buttons do."""
+    visitors = Visitors()
+
+    def checked(values: Sequence[Any]) -> DrawRequest:
+        fields = dict(zip(inputs, values, strict=True))
+        return check_request(fields, served.model.config, served.card.sampling, served.limits)
+
+    # gradio hands the session over by the annotation.
+    def begin(session: gr.Request, *values: Any) -> str:
+        with _messages():
+            checked(values)
+        visitors.begin(str(session.session_hash))
+        return "waiting for its turn"
+
+    def draw(session: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+        visitor = str(session.session_hash)
+        try:
+            # Once more, as a program can come here without the button.
+            with _messages():
+                moments = _draw(
+                    served, checked(values), outputs, lambda: visitors.is_stopped(visitor)
+                )
+                yield from moments
+        finally:
+            visitors.end(visitor)
+
+    def end(session: gr.Request) -> None:
+        visitors.stop(str(session.session_hash))
+
+    given, status = list(inputs.values()), outputs["status"]
+    # What is wrong is said at once; a place in the queue is for what can be drawn.
+    generate.click(
+        begin, given, status, queue=False, show_progress="hidden", api_visibility="private"
+    ).success(
+        draw,
+        given,
+        list(outputs.values()),
+        api_name="generate",
+        show_progress="minimal",
+        show_progress_on=status,
+        concurrency_limit=1,
+    )
+    stop.click(end, None, None, queue=False, show_progress="hidden", api_visibility="private")
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """Show what is wrong inside the `with` block on the page."""
+    try:
+        yield
+    except UserError as error:
+        message = html.escape(" ".join(str(error).split()))
+        raise gr.Error(message, print_exception=False) from error
 
 
 def page_css(served: ServedModel) -> str:
@@ -207,7 +246,10 @@ def _outputs() -> dict[str, gr.components.Component]:
 
 
 def _draw(
-    served: ServedModel, request: DrawRequest, outputs: dict[str, gr.components.Component]
+    served: ServedModel,
+    request: DrawRequest,
+    outputs: dict[str, gr.components.Component],
+    is_stopped: Callable[[], bool],
 ) -> Iterator[dict[Any, Any]]:
     yield {
         outputs["status"]: "preparing",
@@ -218,7 +260,7 @@ def _draw(
     }
     # gradio has copied the files when it asks for what comes after the last of them.
     with tempfile.TemporaryDirectory(prefix="deco-app-") as folder:
-        for moment in draw_request(served, request, Path(folder)):
+        for moment in draw_request(served, request, Path(folder), is_stopped):
             if not isinstance(moment, Drawn):
                 bar = f'<progress max="{moment.total}" value="{moment.done}"></progress>'
                 yield {
@@ -239,3 +281,5 @@ def _draw(
                 outputs["download"]: gr.DownloadButton(value=str(moment.archive), interactive=True),
                 outputs["command"]: moment.command,
             }
+            return
+    yield {outputs["status"]: "stopped"}
