@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import sys
@@ -15,12 +16,16 @@ import numpy as np
 import pytest
 import tiny_qwen3
 import torch
+from gradio_client import Client
+from gradio_client.exceptions import AppError
 from PIL import Image
 
 from deco_fast import DeCo, DeCoConfig, DeCoT2I, DeCoT2IConfig
 from deco_fast.app import served as served_module
+from deco_fast.app import server
 from deco_fast.app.drawing import Drawn, Progress, draw_request
 from deco_fast.app.limits import Limits
+from deco_fast.app.page import build_page
 from deco_fast.app.pictures import FRAMES, GridPicture, is_frame, save_animation
 from deco_fast.app.request import DrawRequest, check_request
 from deco_fast.app.served import Origin, ServedModel
@@ -355,13 +360,41 @@ class TestPictures:
         assert durations == [80, 80, 2000]
 
 
+def test_a_program_can_ask_as_well(
+    by_text: ServedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    page = build_page(by_text)
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, share=False)
+    try:
+        client = Client(address, verbose=False, download_files=str(tmp_path / "downloads"))
+
+        def ask(num: int) -> Any:
+            return client.predict(
+                "a cat", "", num, "7", 16, 24, 4, 2.5, "euler", 2, 1.5, api_name="/generate"
+            )
+
+        status, _, _, gallery, archive, command = ask(5)
+        assert status == "drawn: 5 of 16×24, seed 7"
+        assert len(gallery) == 5
+        assert sample([*shlex.split(command)[2:], "--out", "again"]) == 0
+        with zipfile.ZipFile(archive["value"] if isinstance(archive, dict) else archive) as content:
+            for i in range(5):
+                name = f"{i:06d}-prompt0.png"
+                ours = np.asarray(Image.open(io.BytesIO(content.read(name))))
+                np.testing.assert_array_equal(ours, pixels(Path("again") / name))
+        with pytest.raises(AppError, match="number of images must be 1 … 64, not 65"):
+            ask(65)
+    finally:
+        page.close()
+
+
 class TestCommand:
     @pytest.fixture
     def served(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         """What would be put on a port."""
         calls: list[Any] = []
-        module = pytest.importorskip("deco_fast.app.server", reason="gradio is not installed")
-        monkeypatch.setattr(module, "serve", lambda *arguments: calls.append(arguments))
+        monkeypatch.setattr(server, "serve", lambda *arguments: calls.append(arguments))
         monkeypatch.setenv("GRADIO_TEMP_DIR", "")
         yield calls
 
@@ -410,7 +443,6 @@ class TestCommand:
     def test_wrong_options_are_one_line(
         self, arguments: str, message: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        pytest.importorskip("gradio", reason="gradio is not installed")
         assert app.main(arguments.split()) == 2
         printed = capsys.readouterr().err
         assert message in printed

@@ -16,7 +16,7 @@ from deco_fast.models.card import ModelCard, SamplingSettings
 from deco_fast.models.prepared import WeightLayout
 from deco_fast.sampling.batch_size import default_batch_size, largest_batch_size
 from deco_fast.sampling.run import draw
-from deco_fast.solvers import SOLVERS
+from deco_fast.solvers import SOLVERS, time_grid
 
 CONFIG = DeCoConfig(
     hidden_size=64,
@@ -127,6 +127,47 @@ class TestAgreement:
             engine = SamplingEngine(model, batch_size=2, table_bytes=3 * row * evaluations)
             assert engine._table.span == max(1, evaluations)
             assert error(engine(start, [1, 2]), whole) < 1e-13
+
+    def test_the_states_on_the_way(self) -> None:
+        settings = replace(GUIDED, guidance_interval=(0.3, 0.8))
+        model, start, labels = random_model().double(), noise(2).double(), torch.tensor([1, 2])
+        engine = SamplingEngine(model, settings, batch_size=3)
+        images = engine(start, labels.tolist())
+        x, null = start, torch.full_like(labels, 10)
+        velocity = torch.zeros_like(start)
+        times = time_grid(settings.steps)
+        states = engine.states(start, labels.tolist())
+        assert not torch.is_inference_mode_enabled()
+        for i, state in enumerate(states):
+            assert not torch.is_inference_mode_enabled()
+            assert (state.evaluation, state.t) == (i, times[i])
+            torch.testing.assert_close(state.x, x, rtol=0, atol=1e-11)
+            torch.testing.assert_close(state.velocity, velocity, rtol=0, atol=1e-11)
+            before = x - (times[i] - times[max(0, i - 1)]) * velocity
+            estimate = before + (1 - times[max(0, i - 1)]) * velocity
+            torch.testing.assert_close(state.clean_estimate(), estimate, rtol=0, atol=1e-11)
+            if i == settings.steps:
+                break
+            with torch.no_grad(), ops.use_backend("reference"):
+                t = torch.full((2,), times[i], dtype=torch.float64)
+                velocity = model(x, t, labels)
+                if 0.3 < times[i] <= 0.8:
+                    free = model(x, t, null)
+                    velocity = free + settings.guidance_scale * (velocity - free)
+            x = x + (times[i + 1] - times[i]) * velocity
+        assert i == engine.evaluations
+        assert torch.equal(state.x, images)
+        assert torch.equal(state.clean_estimate(), images)
+
+    @pytest.mark.parametrize("solver", SOLVERS)
+    def test_the_last_state_is_the_images(self, solver: str) -> None:
+        engine = SamplingEngine(random_model(), replace(GUIDED, solver=solver), batch_size=2)
+        start = noise(2)
+        images = engine(start, [1, 2])
+        *way, last = engine.states(start, [1, 2])
+        assert [state.evaluation for state in way] == list(range(engine.evaluations))
+        assert (last.evaluation, last.t) == (engine.evaluations, 1.0)
+        assert torch.equal(last.x, images)
 
     def test_images_can_be_used_in_training(self) -> None:
         images = SamplingEngine(random_model(), batch_size=1)(noise(1), [0])

@@ -303,7 +303,7 @@ class TestInstalled:
         _assert_sound(_probe([str(python)], ROOT))
 
     def test_a_wrong_option_is_exit_status_2(self, python: Path, tmp_path: Path) -> None:
-        for command in ("deco-train", "deco-sample", "deco-evaluate"):
+        for command in ("deco-train", "deco-sample", "deco-evaluate", "deco-app"):
             result = _run([str(python.with_name(command)), "--no-such-option"], tmp_path)
             assert result.returncode == 2, result.stderr
             assert "error:" in result.stderr

@@ -92,7 +92,13 @@ def _connect(
     given, status = list(inputs.values()), outputs["status"]
     # What is wrong is said at once; a place in the queue is for what can be drawn.
     generate.click(
-        begin, given, status, queue=False, show_progress="hidden", api_visibility="private"
+        begin,
+        given,
+        status,
+        show_progress="hidden",
+        # Through the queue all the same: messages of what is not are not shown.
+        concurrency_limit=None,
+        api_visibility="private",
     ).success(
         draw,
         given,
