@@ -10,7 +10,7 @@ answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -27,6 +27,7 @@ from deco_fast.models.prepared import PreparedBlock, WeightLayout, prepared_rota
 from deco_fast.sampling.batch_size import default_batch_size
 from deco_fast.sampling.condition_table import Condition, condition_table
 from deco_fast.sampling.schedule import schedule
+from deco_fast.sampling.state import State
 
 TABLE_BYTES = 2**30
 """Memory for what is computed ahead, unless told otherwise."""
@@ -192,7 +193,6 @@ class SamplingEngine:
         self,
         noise: Tensor,
         conditions: Sequence[Condition],
-        on_evaluation: Callable[[], None] = lambda: None,
         *,
         uncondition: Condition | None = None,
     ) -> Tensor:
@@ -201,8 +201,6 @@ class SamplingEngine:
         Args:
             noise: (B, C, H, W), B up to the batch size.
             conditions: the class of each image, or its prompt.
-            on_evaluation: called after each evaluation of the model has been ordered; a GPU may
-                be behind.
             uncondition: what guidance leads away from; by default the null class, or the empty
                 prompt. A negative prompt takes its place.
 
@@ -212,15 +210,50 @@ class SamplingEngine:
         Raises:
             ValueError: shapes or conditions do not fit.
         """
+        for _ in self.states(noise, conditions, uncondition=uncondition):
+            pass
+        return self._x[: len(noise)].clone()
+
+    def states(
+        self,
+        noise: Tensor,
+        conditions: Sequence[Condition],
+        *,
+        uncondition: Condition | None = None,
+    ) -> Iterator[State]:
+        """Draw a batch and show its way: the noise, then the state after each evaluation.
+
+        A state comes when its evaluation has been ordered; a GPU may be behind. The last one has
+        the images of `__call__`. One run at a time: where another begins, this one must not go on.
+
+        Args:
+            noise, conditions, uncondition: as for `__call__`.
+
+        Returns:
+            An iterator of `evaluations` + 1 states.
+
+        Raises:
+            ValueError: shapes or conditions do not fit.
+        """
         if uncondition is None:
             uncondition = self._table.unconditional
         self._check(noise, [*conditions, uncondition])
+        return self._states(noise, conditions, uncondition)
+
+    def _states(
+        self, noise: Tensor, conditions: Sequence[Condition], uncondition: Condition
+    ) -> Iterator[State]:
         # Another size would have to be compiled: the rest of a batch is computed and not seen.
         size = self.batch_size if self._compiled else len(noise)
+        distinct = sorted({*conditions, *([uncondition] if self._is_guided else [])})
+        x, velocity = self._x[: len(noise)], self._velocities[0, : len(noise)]
+        times = [*(e.t for e in self._evaluations), 1.0]
+        # Never around a yield: the mode would be the caller's as well.
         with torch.inference_mode():
-            distinct = sorted({*conditions, *([uncondition] if self._is_guided else [])})
             self._start(noise, conditions, uncondition, distinct, size)
-            for i, evaluation in enumerate(self._evaluations):
+        yield State(0, times[0], x, velocity)
+        for i, evaluation in enumerate(self._evaluations):
+            with torch.inference_mode():
                 if i % self._table.span == 0:
                     self._table.fill(i, distinct)
                     self._index[1].zero_()
@@ -228,8 +261,7 @@ class SamplingEngine:
                     self._graphs[evaluation.guided].replay()
                 else:
                     self._evaluate(evaluation.guided, size)
-                on_evaluation()
-        return self._x[: len(noise)].clone()
+            yield State(i + 1, times[i + 1], x, velocity)
 
     def _start(
         self,

@@ -17,6 +17,7 @@ from deco_fast.sampling.condition_table import Condition
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import to_uint8
 from deco_fast.sampling.noise import noise_for
+from deco_fast.sampling.state import State
 
 Item = TypeVar("Item")
 
@@ -89,8 +90,36 @@ def draw(
         ordered = _ordered(engine, conditions, indices, seed, uncondition, bar)
         # Orders to a GPU return at once: with one batch ahead it never waits for the host.
         for batch, images, finite in _one_behind(ordered) if engine.is_ahead else ordered:
-            _check_finite(finite.cpu(), batch, engine.model.dtype)
+            check_finite(finite.cpu(), batch, engine.model.dtype)
             yield batch, images.cpu()
+
+
+def draw_states(
+    engine: SamplingEngine,
+    conditions: Sequence[Condition],
+    indices: Sequence[int],
+    *,
+    seed: int = 0,
+    uncondition: Condition | None = None,
+) -> Iterator[tuple[list[int], State]]:
+    """Draw the images of `draw`, batch by batch, and show every state on the way.
+
+    Args:
+        engine, conditions, indices, seed, uncondition: as for `draw`.
+
+    Yields:
+        (indices, state): numbers of up to batch_size images, and where they are. Each batch
+        begins with its noise and ends with its images.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    for start in range(0, len(indices), engine.batch_size):
+        batch = list(indices[start : start + engine.batch_size])
+        noise = torch.stack([noise_for(seed, index, engine.image_shape) for index in batch])
+        some = conditions[start : start + len(batch)]
+        for state in engine.states(noise, some, uncondition=uncondition):
+            yield batch, state
 
 
 def _ordered(
@@ -102,18 +131,18 @@ def _ordered(
     bar: tqdm,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Indices, images and whether each is finite, of batches that may still be computed."""
-    for start in range(0, len(indices), engine.batch_size):
-        batch = list(indices[start : start + engine.batch_size])
-        end = start + len(batch)
-        noise = torch.stack([noise_for(seed, index, engine.image_shape) for index in batch])
+    done = 0
+    states = draw_states(engine, conditions, indices, seed=seed, uncondition=uncondition)
+    for batch, state in states:
+        bar.update(done + len(batch) * state.evaluation / engine.evaluations - bar.n)
+        if state.evaluation == engine.evaluations:
+            done += len(batch)
+            yield batch, to_uint8(state.x), finite_images(state.x)
 
-        def advance(end: int = end, share: float = len(batch) / engine.evaluations) -> None:
-            # The fractions of a batch may add up to a little more than it.
-            bar.update(min(share, end - bar.n))
 
-        images = engine(noise, conditions[start:end], advance, uncondition=uncondition)
-        bar.update(end - bar.n)
-        yield batch, to_uint8(images), images.isfinite().flatten(1).all(dim=1)
+def finite_images(images: Tensor) -> Tensor:
+    """Whether each of the images (B, C, H, W) is finite, bool (B,)."""
+    return images.isfinite().flatten(1).all(dim=1)
 
 
 def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
@@ -139,7 +168,14 @@ def weights_checksum(model: DeCoNetwork) -> str:
     return digest.hexdigest()
 
 
-def _check_finite(finite: Tensor, indices: Sequence[int], dtype: torch.dtype) -> None:
+def check_finite(finite: Tensor, indices: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise UserError if an image is not finite.
+
+    Args:
+        finite: bool (B,), on the CPU.
+        indices: the images' numbers.
+        dtype: of the model.
+    """
     if not finite.all():
         first = indices[int(finite.logical_not().nonzero()[0])]
         remedy = (
