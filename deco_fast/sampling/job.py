@@ -130,11 +130,24 @@ def _benchmark(options: Mapping[str, Any]) -> Job:
     return Job(labels, prompts, geneval, dpg)
 
 
-def check_size(config: NetworkConfig, height: int, width: int, *, square: bool = False) -> None:
+def check_size(
+    config: NetworkConfig,
+    height: int,
+    width: int,
+    *,
+    square: bool = False,
+    names: tuple[str, str] = ("--height", "--width"),
+) -> None:
     """See that a model can draw images of a size in pixels, and files hold them.
 
     Class models draw any multiple of the patch size, text models multiples of two patches, from 8
     to 64 of these: 128 … 1024 pixels with patches of 16.
+
+    Args:
+        config: the model's.
+        height, width: in pixels.
+        square: whether only squares will do.
+        names: of height and width, for the message.
 
     Raises:
         UserError: it cannot; the nearest size is named.
@@ -142,7 +155,7 @@ def check_size(config: NetworkConfig, height: int, width: int, *, square: bool =
     is_text = isinstance(config, DeCoT2IConfig)
     step = config.patch_size * (2 if is_text else 1)
     low, high = (8 * config.patch_size, 64 * config.patch_size) if is_text else (step, None)
-    for option, size in (("--height", height), ("--width", width)):
+    for option, size in zip(names, (height, width), strict=True):
         nearest = min(max(low, round(size / step) * step), high or size + step)
         if size != nearest:
             what = f"divisible by the patch size {step}"
