@@ -5,10 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from deco_fast.models.config import DeCoConfig
+from deco_fast.models.card import ModelCard, SamplingSettings
+from deco_fast.models.config import DeCoConfig, DeCoT2IConfig
+from deco_fast.models.presets import Preset
 
 TRIAL_CONFIG = DeCoConfig(hidden_size=32, depth=1, num_heads=2, patch_size=8, decoder_depth=1)
 """A tiny network, to see that the suite works."""
+
+SMALL_TEXT = Preset(
+    DeCoT2IConfig(
+        hidden_size=128,
+        depth=4,
+        num_heads=4,
+        patch_size=8,
+        decoder_hidden_size=16,
+        text_depth=2,
+        text_size=256,
+        text_length=32,
+    ),
+    ModelCard(
+        name="small-t2i",
+        height=64,
+        width=64,
+        sampling=SamplingSettings(solver="adams", steps=25, guidance_scale=4.0, time_shift=3.0),
+    ),
+)
+"""A text model of a laptop's size: beside its text a quarter of DeCo-T2I's share of patches."""
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.comparison import MIN_ROUNDS, Compare, Subject
-from benchmarks.inputs import normal, randomize
+from benchmarks.inputs import SMALL_TEXT, normal, randomize
 from benchmarks.machine import Machine
 from benchmarks.settings import Settings
 from benchmarks.variants import (
@@ -45,14 +45,17 @@ from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.schedule import schedule
 from deco_fast.solvers import time_grid
 
-DIGITS_BATCH = 4
-DIGITS_STEPS = 100
+SMALL_BATCH = 4
 # Of the large models a tenth of a run: every step takes the same time.
 PAPER_STEPS = 10
 PAPER_ROUNDS = 3
 # From so many pixels in a batch a GPU has so much to do at each launch that the baseline gains
 # nothing from being one graph, which takes a minute to compile, and not one for each block.
 BY_BLOCK_PIXELS = 16 * 256**2
+
+_MODELS = {**PRESETS, "small-t2i": SMALL_TEXT}
+# The small ones in full, as many steps as their cards say.
+_SMALL_STEPS = {name: _MODELS[name].card.sampling.steps for name in ("deco-digits", "small-t2i")}
 
 PROMPT = "a prompt"
 
@@ -65,14 +68,15 @@ HIGH = "engine, matmul precision high"
     ("name", "everywhere"),
     [
         ("deco-digits", True),
+        ("small-t2i", True),
         pytest.param("deco-xl", True, marks=pytest.mark.paper),
         pytest.param("deco-xl", False, marks=pytest.mark.paper),
         pytest.param("deco-xl-512", False, marks=pytest.mark.paper),
         pytest.param("deco-t2i", True, marks=pytest.mark.paper),
     ],
     ids=[
-        *("deco-digits", "deco-xl-guided-throughout", "deco-xl-recommended", "deco-xl-512"),
-        "deco-t2i",
+        *("deco-digits", "small-t2i"),
+        *("deco-xl-guided-throughout", "deco-xl-recommended", "deco-xl-512", "deco-t2i"),
     ],
 )
 def test_sampling(
@@ -83,10 +87,10 @@ def test_sampling(
     everywhere: bool,
     precisions: tuple[Precision, ...],
 ) -> None:
-    config, card = PRESETS[name]
-    digits = name == "deco-digits"
-    steps = 2 if settings.trial else DIGITS_STEPS if digits else PAPER_STEPS
-    batch = settings.batch if not digits else 1 if settings.trial else DIGITS_BATCH
+    config, card = _MODELS[name]
+    small = name in _SMALL_STEPS
+    steps = 2 if settings.trial else _SMALL_STEPS.get(name, PAPER_STEPS)
+    batch = settings.batch if not small else 1 if settings.trial else SMALL_BATCH
     images = Images(batch, card.height, card.width)
     settings.require_memory(4 * FLOAT32_BYTES * parameter_count(config))
     device = settings.device
@@ -147,7 +151,7 @@ def test_sampling(
         backward=False,
         compile_fused=True,
         rows=_rows(machine, precisions, large=images.pixels >= BY_BLOCK_PIXELS),
-        min_rounds=MIN_ROUNDS if digits else PAPER_ROUNDS,
+        min_rounds=MIN_ROUNDS if small else PAPER_ROUNDS,
     )
 
 

@@ -99,7 +99,7 @@ def test_wandb_that_is_not_installed(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert run(tmp_path / "run", "--output.wandb_project=deco") == 2
-    assert "pip install wandb" in capsys.readouterr().err
+    assert "pip install 'deco-fast[train]'" in capsys.readouterr().err
 
 
 def test_recomputed_activations_change_memory_and_nothing_else() -> None:

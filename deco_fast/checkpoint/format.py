@@ -30,6 +30,9 @@ def weights_file(weights: str) -> str:
 
 PROJECTOR_FILE = "projector.safetensors"
 
+BESIDE_SCHEME = "beside:"
+"""Of a card's text encoder: it lies in this folder beside the weights file, wherever that is."""
+
 FOLDER_FILES = (
     *map(weights_file, WEIGHTS),
     PROJECTOR_FILE,

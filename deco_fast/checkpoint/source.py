@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deco_fast.checkpoint.format import PROJECTOR_FILE, TRAINING_FILE, Header
+from deco_fast.checkpoint.format import BESIDE_SCHEME, PROJECTOR_FILE, TRAINING_FILE, Header
 from deco_fast.errors import UserError
 from deco_fast.models.build import build_network
 from deco_fast.models.card import ModelCard
@@ -136,7 +136,7 @@ def open_safetensors(path: Path, weights: str | None) -> Source:
         path=path,
         weights=header.weights,
         config=header.config,
-        card=header.card,
+        card=_at_its_place(header.card, path),
         shapes={name: tuple(file.get_slice(name).get_shape()) for name in file.keys()},  # noqa: SIM118
         extra=(),
         left_out=_training_files(path, header),
@@ -144,6 +144,15 @@ def open_safetensors(path: Path, weights: str | None) -> Source:
         tensor=file.get_tensor,
         name_in_file=str,
         projector=functools.partial(_read_projector, path, header),
+    )
+
+
+def _at_its_place(card: ModelCard, path: Path) -> ModelCard:
+    """With the path of a text encoder that lies beside the weights file."""
+    if card.text_encoder is None or not card.text_encoder.startswith(BESIDE_SCHEME):
+        return card
+    return replace(
+        card, text_encoder=str(path.parent / card.text_encoder.removeprefix(BESIDE_SCHEME))
     )
 
 

@@ -102,6 +102,15 @@ class Qwen3TextEncoder:
             self._cache.popitem(last=False)
         return torch.stack([found[prompt] for prompt in prompts])
 
+    def to(self, device: str | torch.device) -> Qwen3TextEncoder:
+        """Move the language model, and forget what was encoded elsewhere; returns itself."""
+        device = torch.device(device)
+        if device != self.device:
+            self._model.to(device)
+            self._cache.clear()
+            self.device = device
+        return self
+
     def count_tokens(self, prompt: str) -> int:
         """The tokens that a prompt would have if it were not cut at `length`."""
         with quiet_transformers():

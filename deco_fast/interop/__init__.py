@@ -1,4 +1,5 @@
-"""Checkpoints of the published implementation: `python -m deco_fast.interop convert IN OUT`.
+"""Checkpoints of others, and checkpoints for others: `python -m deco_fast.interop`.
 
-Only this package knows the published names; the rest of the project sees ours.
+`convert IN OUT` reads and writes the published implementation's: only this package knows its
+names, the rest of the project sees ours. `export CHECKPOINT FOLDER` writes a folder to publish.
 """

@@ -41,6 +41,11 @@ class DeCoNetwork(nn.Module):
         """The dtype of the weights, which inputs are cast to."""
         return self.patch_embedder.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.patch_embedder.weight.device
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The velocity at x.
 

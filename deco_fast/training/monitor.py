@@ -141,8 +141,8 @@ def _start_wandb(folder: Path, config: RunConfig) -> Any:
         import wandb
     except ImportError as error:
         raise UserError(
-            "output.wandb_project is set and wandb is not installed: pip install wandb, or "
-            "leave it out"
+            "output.wandb_project is set and wandb is not installed: pip install "
+            "'deco-fast[train]', or leave it out"
         ) from error
     # It takes what TensorBoard is given; the id lets a resumed run go on in the same place.
     return wandb.init(

@@ -1,0 +1,134 @@
+"""examples/fine_tune.py: from a folder of one's own images to a picture."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import tiny_qwen3
+import torch
+import yaml
+from PIL import Image
+
+from deco_fast import DeCoT2I, DeCoT2IConfig, load_checkpoint
+from deco_fast.checkpoint import read_config, save_checkpoint
+from deco_fast.models.card import ModelCard, SamplingSettings
+from deco_fast.models.class_conditional import ClassConditional
+from deco_fast.resources import pretrained_folder
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "fine_tune.py"
+SHADES = {"black": 20, "white": 235}
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fine_tune", EXAMPLE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def images(captioned: bool = False) -> Path:
+    """Eight of each shade: in a folder for each, or with captions."""
+    for name, shade in SHADES.items():
+        folder = Path("photos") if captioned else Path("photos", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(8):
+            Image.new("RGB", (40, 36), (shade,) * 3).save(folder / f"{name}{number}.png")
+            if captioned:
+                (folder / f"{name}{number}.txt").write_text(name)
+    return Path("photos")
+
+
+def brightness(pattern: str) -> float:
+    drawn = sorted(Path("fine-tuned", "samples").glob(pattern))
+    assert drawn
+    return float(np.mean([np.asarray(Image.open(path)) for path in drawn]))
+
+
+@pytest.mark.slow
+def test_the_shipped_model_on_classes_of_its_own(
+    example: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(images()), "--steps", "60", "--batch-size", "8", "--device", "cpu"]
+    words += ["--training.learning_rate", "1e-3", "--sampling.steps", "10"]
+    assert example.main(words) == 0
+    said = capsys.readouterr().out
+    assert "class 0: black\nclass 1: white" in said and "beginning with" in said
+    assert Path("fine-tuned", "samples", "grid.png").is_file()
+    # The digits are bright on black: 0 and 1 alike have a mean of about 60.
+    assert brightness("*-class0.png") < 70 and brightness("*-class1.png") > 120
+    model = load_checkpoint(Path("fine-tuned", "run"))
+    assert isinstance(model, ClassConditional) and model.config.num_classes == 2
+    # It began with the shipped weights, its null class with theirs.
+    shipped = load_checkpoint(pretrained_folder() / "deco-digits")
+    initial = load_checkpoint(Path("fine-tuned", "initial"))
+    for name, tensor in shipped.state_dict().items():
+        if name == "class_embedder.weight":
+            tensor = tensor[-1:]
+        assert torch.equal(initial.state_dict()[name][-len(tensor) :], tensor), name
+    # Typed again it has nothing to train.
+    assert example.main(words) == 0
+    assert "has finished all 60 steps" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_text_model_on_captions(example: ModuleType) -> None:
+    config = DeCoT2IConfig(
+        hidden_size=32,
+        depth=1,
+        num_heads=2,
+        patch_size=4,
+        decoder_hidden_size=16,
+        decoder_depth=1,
+        text_depth=1,
+        text_size=tiny_qwen3.HIDDEN_SIZE,
+        text_length=16,
+    )
+    card = ModelCard(
+        name="tiny",
+        height=32,
+        width=32,
+        sampling=SamplingSettings(solver="adams", steps=4, guidance_scale=2.0, time_shift=3.0),
+        text_encoder=str(tiny_qwen3.folder()),
+    )
+    save_checkpoint("tiny", model=None, ema=DeCoT2I(config, card), card=card)
+    words = [str(images(captioned=True)), "--checkpoint", "tiny", "--steps", "120"]
+    words += ["--batch-size", "8", "--device", "cpu", "--training.learning_rate", "4e-3"]
+    assert example.main(words) == 0
+    written = yaml.safe_load(Path("fine-tuned", "fine_tune.yaml").read_text())
+    assert written["text"]["sample_prompts"] == ["black", "white"]
+    assert brightness("*-prompt1.png") - brightness("*-prompt0.png") > 60
+    assert read_config(Path("fine-tuned", "run")) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["missing"], "image folder missing does not exist"),
+        (["photos", "--checkpoint", "nothing"], "nothing does not exist"),
+        (["photos", "--steps", "0"], "must be at least 1"),
+        (["photos", "--stepz", "3"], "unknown option '--stepz'"),
+        (["photos", "--training.lerning_rate", "3"], "learning_rate"),
+    ],
+)
+def test_refusals(
+    example: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    images()
+    assert example.main([*words, "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not Path("fine-tuned", "run").exists()
