@@ -355,7 +355,7 @@ class TestRefusals:
         said: list[str] = []
         monkeypatch.setattr(deco_pipeline.logger, "warning", said.append)
         texts("abcdefghijkl")
-        assert said == ["of 12 tokens the first 8 are used: 'abcdefghijkl'"]
+        assert said == ["cut: of 12 tokens the first 8 are used: 'abcdefghijkl'"]
 
     def test_without_diffusers(self) -> None:
         code = (

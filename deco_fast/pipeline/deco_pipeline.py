@@ -20,7 +20,7 @@ from torch import Tensor
 
 from deco_fast.checkpoint.find import HUB_SCHEME, locate
 from deco_fast.checkpoint.load import load_checkpoint, open_checkpoint
-from deco_fast.conditioning.qwen3 import QWEN3_1_7B, Qwen3TextEncoder
+from deco_fast.conditioning.qwen3 import Qwen3TextEncoder
 from deco_fast.errors import UserError, nearest
 from deco_fast.interop.model_folder import DATA_FILES, check_model_folder, write_model_folder
 from deco_fast.models.card import ModelCard
@@ -30,8 +30,8 @@ from deco_fast.pipeline.inputs import Labels, Prompts, check_latents, conditions
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import to_uint8
 from deco_fast.sampling.job import check_size
-from deco_fast.sampling.prompts import shorten
 from deco_fast.sampling.recipes import resolve_settings
+from deco_fast.sampling.text_encoder import cut_prompts, open_text_encoder, text_encoder_path
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -74,7 +74,7 @@ class DeCoPipeline(DiffusionPipeline):
         if text_encoder is not None and not is_text:
             raise UserError("text_encoder: this network draws classes; leave it out")
         self.register_modules(transformer=transformer, text_encoder=text_encoder)
-        _ = self._card
+        _ = self._card  # raises where there is none
         self._interrupt = False
 
     @property
@@ -124,12 +124,8 @@ class DeCoPipeline(DiffusionPipeline):
         copies = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         network.load_state_dict(copies, assign=True)
         if isinstance(network, DeCoT2I) and not isinstance(text_encoder, Qwen3TextEncoder):
-            said = network.card.text_encoder if network.card is not None else None
-            text_encoder = Qwen3TextEncoder(
-                text_encoder or said or QWEN3_1_7B,
-                length=network.config.text_length,
-                size=network.config.text_size,
-            )
+            said = text_encoder_path(text_encoder, network.card or ModelCard())
+            text_encoder = open_text_encoder(network, said, network.device)
         if isinstance(text_encoder, str):
             raise UserError(f"text_encoder: {name} draws classes; leave it out")
         pipeline = cls(network, text_encoder)
@@ -366,14 +362,9 @@ class DeCoPipeline(DiffusionPipeline):
         return noise
 
     def _warn_of_cut_prompts(self, conditions: Sequence[Any], uncondition: Any) -> None:
-        encoder = self.text_encoder
-        if encoder is None:
-            return
-        for text in dict.fromkeys([*conditions, uncondition or ""]):
-            if (tokens := encoder.count_tokens(text)) > encoder.length:
-                logger.warning(
-                    f"of {tokens:,} tokens the first {encoder.length} are used: {shorten(text)!r}"
-                )
+        if self.text_encoder is not None:
+            for line in cut_prompts(self.text_encoder, [*conditions, uncondition or ""]):
+                logger.warning(line)
 
 
 def _upload(
