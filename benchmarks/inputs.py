@@ -30,7 +30,7 @@ SMALL_TEXT = Preset(
         sampling=SamplingSettings(solver="adams", steps=25, guidance_scale=4.0, time_shift=3.0),
     ),
 )
-"""A text model of a laptop's size: 64 patches beside 32 tokens of text; DeCo-T2I has 1,024 and 128."""
+"""A text model for a laptop: 64 patches beside 32 tokens of text; DeCo-T2I has 1,024 and 128."""
 
 
 @torch.no_grad()
