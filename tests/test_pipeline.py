@@ -265,6 +265,11 @@ class TestCallback:
         images = classes(class_labels=1, output_type="latent", callback_on_step_end=blank).images
         assert torch.equal(images, torch.zeros(1, 3, SIZE, SIZE))
 
+    def test_may_only_look(self, classes: DeCoPipeline) -> None:
+        seen: list[int] = []
+        classes(class_labels=1, callback_on_step_end=lambda _, step, *rest: seen.append(step))
+        assert seen == [0, 1, 2, 3]
+
     def test_may_stop(self, classes: DeCoPipeline) -> None:
         seen = []
 
@@ -301,7 +306,26 @@ class TestRefusals:
             ({"class_labels": []}, "nothing to draw"),
             ({"class_labels": 0, "negative_prompt": "a"}, "negative_prompt: this model draws"),
             ({"class_labels": 0, "height": 10}, "^height 10 is not divisible by .* use 8"),
-            ({"class_labels": 0, "num_inference_steps": 0}, "steps must be at least 1"),
+            ({"class_labels": 0, "height": 0}, "^height must be a whole number, at least 1, not 0"),
+            ({"class_labels": 0, "width": 16.0}, "^width must be a whole number"),
+            ({"class_labels": "1"}, "class_labels must be whole numbers, not '1'"),
+            ({"class_labels": [1, None]}, "whole numbers"),
+            ({"class_labels": [[0, 1], [2]]}, "whole numbers"),
+            ({"class_labels": True}, "whole numbers"),
+            ({"class_labels": 0, "num_inference_steps": 0}, "steps must be a whole number"),
+            ({"class_labels": 0, "num_inference_steps": 2.5}, "steps must be a whole number"),
+            ({"class_labels": 0, "order": "2"}, "order must be a whole number"),
+            ({"class_labels": 0, "guidance_scale": "2"}, "guidance_scale must be a number"),
+            ({"class_labels": 0, "guidance_scale": float("nan")}, "guidance_scale must be a numb"),
+            ({"class_labels": 0, "guidance_rescale": 2}, "guidance_rescale must be 0 … 1, not 2"),
+            ({"class_labels": 0, "guidance_interval": 0.5}, r"two times \(low, high\), not 0\.5"),
+            ({"class_labels": 0, "guidance_interval": (0.5, "1")}, "must be a number"),
+            ({"class_labels": 0, "guidance_interval": (0.5, 0.2)}, "0 ≤ low ≤ high ≤ 1"),
+            ({"class_labels": 0, "generator": 3}, "manual_seed"),
+            ({"class_labels": 0, "generator": [3]}, "manual_seed"),
+            ({"class_labels": 0, "latents": [0.0]}, "must be a tensor .* not list"),
+            ({"class_labels": 0, "latents": torch.full((1, 3, SIZE, SIZE), torch.inf)}, "finite"),
+            ({"class_labels": 0, "output_type": None}, "unknown output_type 'None'"),
             ({"class_labels": 0, "solver": "eular"}, "did you mean 'euler'"),
             ({"class_labels": 0, "num_images_per_prompt": 0}, "at least 1"),
             ({"class_labels": 0, "output_type": "pill"}, "did you mean 'pil'"),
@@ -485,6 +509,32 @@ class TestRoundTrip:
             pipeline = DeCoPipeline.from_pretrained(path)
             assert torch.equal(draw(pipeline), draw(DeCoPipeline(class_model)))
 
+    def test_what_kind_of_weights_it_has_is_not_forgotten(
+        self, class_model: DeCoNetwork, tmp_path: Path
+    ) -> None:
+        assert class_model.card is not None
+        save_checkpoint(tmp_path / "run", model=class_model, card=class_model.card)
+        pipeline = DeCoPipeline.from_pretrained(tmp_path / "run")
+        pipeline.save_pretrained(tmp_path / "saved")
+        assert (tmp_path / "saved" / "model.safetensors").exists()
+        assert "as the optimizer left them" in (tmp_path / "saved" / "README.md").read_text()
+
+    def test_options_that_it_has_not(self, classes: DeCoPipeline, tmp_path: Path) -> None:
+        classes.save_pretrained(tmp_path / "saved", safe_serialization=True)
+        DeCoPipeline.from_pretrained(tmp_path / "saved", use_safetensors=True)
+        with pytest.raises(UserError, match="safetensors and nothing else"):
+            classes.save_pretrained(tmp_path / "other", safe_serialization=False)
+        with pytest.raises(UserError, match="safetensors and nothing else"):
+            DeCoPipeline.from_pretrained(tmp_path / "saved", use_safetensors=False)
+        with pytest.raises(UserError, match="save_pretrained: unknown 'variant'"):
+            classes.save_pretrained(tmp_path / "other", variant="fp16")
+        with pytest.raises(UserError, match=r"such as torch\.bfloat16, not 'float16'"):
+            DeCoPipeline.from_pretrained(
+                tmp_path / "saved",
+                dtype="float16",  # type: ignore[arg-type]
+            )
+        assert not (tmp_path / "other").exists()
+
     def test_the_shipped_model(self) -> None:
         pipeline = quiet(DeCoPipeline.from_pretrained(pretrained_folder() / "deco-digits"))
         (image,) = pipeline(class_labels=3, num_inference_steps=2, generator=seeded()).images
@@ -649,8 +699,11 @@ class TestExport:
 
     def test_the_model_card(self, checkpoint: Path, tmp_path: Path) -> None:
         assert main(["export", str(checkpoint), str(tmp_path / "published")]) == 0
-        card = HubCard.load(tmp_path / "published" / "README.md")
+        path = tmp_path / "published" / "README.md"
+        card = HubCard.load(path)
         assert card.data.library_name == "deco_fast"
+        # The owner's choice, of which the head has the place.
+        assert card.data.license is None and "\n# license:" in path.read_text()
         assert {"deco", "deco_fast"} <= set(card.data.tags)
         count = sum(p.numel() for p in DeCo(CLASSES).parameters())
         for part in (

@@ -23,6 +23,9 @@ _KINDS = {
     "pixddt": "PixDDT, which DeCo is compared with",
 }
 
+_LICENCE = "# license: its owner's choice, such as mit\n"
+"""A comment, for only who trained a model can say it."""
+
 _FOLDER = "FOLDER or OWNER/REPOSITORY"
 
 
@@ -47,7 +50,7 @@ def model_readme(header: Header, tensors: Mapping[str, Tensor]) -> str:
         extras, option = "diffusers,t2i", '--prompt "a lighthouse in a storm"'
     header_text = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     parts = [
-        f"---\n{header_text}---",
+        f"---\n{header_text}{_LICENCE}---",
         f"# {card.name}",
         f"{_KINDS[config.kind]} ([paper]({_PAPER})): it draws images of {card.height}×{card.width} "
         f"pixels from {source}. It works on pixels and has no autoencoder.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,28 @@ from deco_fast.interop.model_folder import DATA_FILES, check_model_folder, write
 from deco_fast.models.card import ModelCard
 from deco_fast.models.deco_t2i import DeCoT2I
 from deco_fast.models.network import DeCoNetwork
-from deco_fast.pipeline.inputs import Labels, Prompts, check_latents, conditions_of
+from deco_fast.pipeline.inputs import (
+    Generators,
+    Labels,
+    Prompts,
+    check_count,
+    check_generator,
+    check_latents,
+    conditions_of,
+    settings_of,
+)
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import to_uint8
 from deco_fast.sampling.job import check_size
-from deco_fast.sampling.recipes import resolve_settings
 from deco_fast.sampling.text_encoder import cut_prompts, open_text_encoder, text_encoder_path
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 _DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
-Callback = Callable[[DiffusionPipeline, int, float, dict[str, Tensor]], dict[str, Tensor]]
+_PUSH_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr")
+
+Callback = Callable[[DiffusionPipeline, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 
 logger = logging.get_logger(__name__)
 
@@ -76,6 +86,7 @@ class DeCoPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, text_encoder=text_encoder)
         _ = self._card  # raises where there is none
         self._interrupt = False
+        self._weights = "ema"
 
     @property
     def interrupt(self) -> bool:
@@ -90,6 +101,7 @@ class DeCoPipeline(DiffusionPipeline):
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
         text_encoder: str | Qwen3TextEncoder | None = None,
+        use_safetensors: bool | None = None,
         **download_options: Any,
     ) -> DeCoPipeline:
         """A pipeline on the CPU; nothing in the files is executed.
@@ -101,16 +113,19 @@ class DeCoPipeline(DiffusionPipeline):
             dtype, torch_dtype: of the network; float32 by default, as in diffusers.
             text_encoder: instead of the model's: a folder, "hf:owner/repository", or one that is
                 open already.
+            use_safetensors: true or not said; a model folder has no other weights.
             download_options: of `huggingface_hub.snapshot_download`: revision, token, cache_dir,
                 local_files_only, force_download.
 
         Raises:
             UserError: there is no such model, it is damaged, or an option is unknown.
         """
-        for option in download_options:
-            if option not in _DOWNLOAD_OPTIONS:
-                known = (*_DOWNLOAD_OPTIONS, "dtype", "text_encoder")
-                raise UserError(f"from_pretrained: unknown '{option}'{nearest(option, known)}")
+        known = (*_DOWNLOAD_OPTIONS, "dtype", "text_encoder", "use_safetensors")
+        _check_options("from_pretrained", download_options, _DOWNLOAD_OPTIONS, known)
+        _check_safetensors("use_safetensors", use_safetensors)
+        dtype = dtype or torch_dtype or torch.float32
+        if not isinstance(dtype, torch.dtype):
+            raise UserError(f"dtype must be one of torch's, such as torch.bfloat16, not {dtype!r}")
         name = os.fspath(pretrained_model_name_or_path)
         if not name.startswith(HUB_SCHEME) and not Path(name).expanduser().exists():
             name = os.fspath(cls.download(name, **download_options))
@@ -118,7 +133,7 @@ class DeCoPipeline(DiffusionPipeline):
         weights = open_checkpoint(path).weights
         if path.is_dir():
             check_model_folder(path, weights)
-        network = load_checkpoint(path, weights, dtype=dtype or torch_dtype or torch.float32)
+        network = load_checkpoint(path, weights, dtype=dtype)
         # Weights that are mapped lie as the file has them, and a CPU's products round differently
         # where they are not aligned: a model that was saved would not draw the same bits again.
         copies = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -129,6 +144,7 @@ class DeCoPipeline(DiffusionPipeline):
         if isinstance(text_encoder, str):
             raise UserError(f"text_encoder: {name} draws classes; leave it out")
         pipeline = cls(network, text_encoder)
+        pipeline._weights = weights
         pipeline.register_to_config(_name_or_path=name)
         return pipeline
 
@@ -158,7 +174,12 @@ class DeCoPipeline(DiffusionPipeline):
             ) from error
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **options: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        *,
+        push_to_hub: bool = False,
+        **options: Any,
     ) -> None:
         """Write a model folder: config.json, safetensors, model card, as `interop export` does.
 
@@ -166,17 +187,21 @@ class DeCoPipeline(DiffusionPipeline):
 
         Args:
             save_directory: where; a model folder that is there is replaced.
+            safe_serialization: true; there is no other way here.
             push_to_hub: upload it as well, see `push_to_hub`.
             options: of `push_to_hub`; `repo_id` is the folder's name by default.
 
         Raises:
-            UserError: it cannot be written, or holds other files.
+            UserError: it cannot be written, or holds other files; or an option is unknown.
         """
+        known = (*_PUSH_OPTIONS, "push_to_hub", "safe_serialization")
+        _check_options("save_pretrained", options, _PUSH_OPTIONS, known)
+        _check_safetensors("safe_serialization", safe_serialization)
         network, card = self.transformer, self._card
         if self.text_encoder is not None:
             card = replace(card, text_encoder=self.text_encoder.path)
         folder = Path(save_directory)
-        write_model_folder(folder, network.state_dict(), card, network.config)
+        write_model_folder(folder, network.state_dict(), card, network.config, self._weights)
         if push_to_hub:
             _upload(folder, options.pop("repo_id", folder.name), **options)
 
@@ -241,7 +266,7 @@ class DeCoPipeline(DiffusionPipeline):
         solver: str | None = None,
         order: int | None = None,
         num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -263,13 +288,14 @@ class DeCoPipeline(DiffusionPipeline):
             solver, order: "euler", "heun", "heun-pec", or "adams" of order 1 … 4.
             num_images_per_prompt: of each prompt, or of each class.
             generator: of the noise; a list has one for each image.
-            latents: the noise itself, (N, C, H, W), standard normal.
+            latents: the noise itself, (N, C, H, W), standard normal; that of image i of
+                `sample.py --seed S` is `deco_fast.sampling.noise.noise_for(S, i, (C, H, W))`.
             output_type: "pil"; "np", (N, H, W, C) in [0, 1]; "pt", (N, C, H, W) in [0, 1]; or
                 "latent", (N, C, H, W) as the model gives them, about [−1, 1].
             return_dict: a tuple instead, if false.
             callback_on_step_end: called as (pipeline, i, t, {"latents": x}) after evaluation i of
                 the model, made at time t from 0 (noise) to 1 (image); Heun's solvers evaluate about
-                twice a step. It returns a dict, whose "latents" take the place of x.
+                twice a step. It may return a dict, whose "latents" take the place of x.
             callback_on_step_end_tensor_inputs: which of ("latents",) it gets.
 
         Returns:
@@ -282,7 +308,7 @@ class DeCoPipeline(DiffusionPipeline):
         network, card = self.transformer, self._card
         if output_type not in OUTPUT_TYPES:
             raise UserError(
-                f"unknown output_type '{output_type}'{nearest(output_type, OUTPUT_TYPES)}"
+                f"unknown output_type '{output_type}'{nearest(str(output_type), OUTPUT_TYPES)}"
             )
         for name in callback_on_step_end_tensor_inputs:
             if name not in self._callback_tensor_inputs:
@@ -290,18 +316,21 @@ class DeCoPipeline(DiffusionPipeline):
         conditions, uncondition = conditions_of(
             network.config, prompt, class_labels, negative_prompt, num_images_per_prompt
         )
-        height, width = height or card.height, width or card.width
+        height = card.height if height is None else height
+        width = card.width if width is None else width
+        for name, size in (("height", height), ("width", width)):
+            check_count(name, size)
         check_size(network.config, height, width, names=("height", "width"))
-        given = {
-            "solver": solver,
-            "order": order,
-            "steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "guidance_interval": guidance_interval,
-            "guidance_rescale": guidance_rescale,
-            "time_shift": time_shift,
-        }
-        settings = resolve_settings(card.sampling, None, given)
+        settings = settings_of(
+            card.sampling,
+            num_inference_steps=num_inference_steps,
+            solver=solver,
+            order=order,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            time_shift=time_shift,
+        )
         shape = (len(conditions), network.config.in_channels, height, width)
         noise = self._noise(shape, generator, latents)
         self._warn_of_cut_prompts(conditions, uncondition)
@@ -324,7 +353,7 @@ class DeCoPipeline(DiffusionPipeline):
                     bar.update()
                     if callback_on_step_end is not None:
                         inputs = dict.fromkeys(callback_on_step_end_tensor_inputs, state.x)
-                        outputs = callback_on_step_end(self, state.evaluation - 1, t, inputs)
+                        outputs = callback_on_step_end(self, state.evaluation - 1, t, inputs) or {}
                         if (changed := outputs.get("latents", state.x)) is not state.x:
                             state.x.copy_(check_latents(changed, shape))
                 if self.interrupt:
@@ -350,21 +379,35 @@ class DeCoPipeline(DiffusionPipeline):
     def _noise(
         self,
         shape: tuple[int, ...],
-        generator: torch.Generator | list[torch.Generator] | None,
+        generator: Generators | None,
         latents: Tensor | None,
     ) -> Tensor:
         if latents is not None:
-            return check_latents(latents, shape)
-        if isinstance(generator, list) and len(generator) != shape[0]:
-            raise UserError(f"{len(generator)} generators for {shape[0]} images: one for each")
+            if not check_latents(latents, shape).isfinite().all():
+                raise UserError("latents are not finite: give standard normal noise")
+            return latents
+        generators = check_generator(generator, shape[0])
         # In float32 whatever the network's dtype, as the engine's state is.
-        noise: Tensor = randn_tensor(shape, generator, device=self.device, dtype=torch.float32)
+        noise: Tensor = randn_tensor(shape, generators, device=self.device, dtype=torch.float32)
         return noise
 
     def _warn_of_cut_prompts(self, conditions: Sequence[Any], uncondition: Any) -> None:
         if self.text_encoder is not None:
             for line in cut_prompts(self.text_encoder, [*conditions, uncondition or ""]):
                 logger.warning(line)
+
+
+def _check_options(
+    method: str, given: Iterable[str], accepted: Sequence[str], known: Sequence[str]
+) -> None:
+    for option in given:
+        if option not in accepted:
+            raise UserError(f"{method}: unknown '{option}'{nearest(option, known)}")
+
+
+def _check_safetensors(option: str, value: bool | None) -> None:
+    if value is False:
+        raise UserError(f"{option}: weights are safetensors and nothing else; leave it out")
 
 
 def _upload(

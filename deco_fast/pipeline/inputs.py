@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deco_fast.errors import UserError
+from deco_fast.models.card import SamplingSettings
 from deco_fast.models.config import ClassConfig, NetworkConfig
 from deco_fast.sampling.condition_table import Condition
+from deco_fast.sampling.recipes import resolve_settings
 
 Prompts = str | Sequence[str]
 Labels = int | Sequence[int] | Tensor
+Generators = torch.Generator | Sequence[torch.Generator]
 
 
 def conditions_of(
@@ -32,8 +38,7 @@ def conditions_of(
     Raises:
         UserError: one is missing, not for this model, or out of range.
     """
-    if num_images < 1:
-        raise UserError(f"num_images_per_prompt must be at least 1, not {num_images}")
+    check_count("num_images_per_prompt", num_images)
     conditions: Sequence[Condition]
     if isinstance(config, ClassConfig):
         for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
@@ -52,12 +57,83 @@ def conditions_of(
     return [condition for condition in conditions for _ in range(num_images)], uncondition
 
 
-def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The initial noise, seen to have this shape (N, C, H, W).
+def settings_of(
+    card: SamplingSettings,
+    *,
+    num_inference_steps: int | None,
+    guidance_interval: Sequence[float] | None,
+    **given: Any,
+) -> SamplingSettings:
+    """The card's settings with those of the call, numbers seen to be numbers.
+
+    Args:
+        card: the model's.
+        num_inference_steps, guidance_interval: as the user gave them; None is "not given".
+        given: other fields of `SamplingSettings`, in the same way.
 
     Raises:
-        UserError: it has not, or is of integers.
+        UserError: a number is none, or is out of a range that the solver does not check itself.
     """
+    for name, value in (("num_inference_steps", num_inference_steps), ("order", given["order"])):
+        if value is not None:
+            check_count(name, value)
+    for name in ("guidance_scale", "guidance_rescale", "time_shift"):
+        if given[name] is not None:
+            _check_number(name, given[name])
+    rescale = given["guidance_rescale"]
+    if rescale is not None and not 0 <= rescale <= 1:
+        raise UserError(f"guidance_rescale must be 0 … 1, not {rescale}")
+    interval = guidance_interval
+    if interval is not None:
+        if isinstance(interval, Real) or len(interval) != 2:
+            raise UserError(f"guidance_interval must be two times (low, high), not {interval!r}")
+        for bound in interval:
+            _check_number("guidance_interval", bound)
+        interval = tuple(interval)
+    fields = {**given, "steps": num_inference_steps, "guidance_interval": interval}
+    return resolve_settings(card, None, fields)
+
+
+def check_count(name: str, value: object) -> None:
+    """See that an argument is a whole number of at least 1.
+
+    Raises:
+        UserError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise UserError(f"{name} must be a whole number, at least 1, not {value!r}")
+
+
+def check_generator(
+    generator: Generators | None, count: int
+) -> torch.Generator | list[torch.Generator] | None:
+    """The generator of the noise, or one for each of `count` images.
+
+    Raises:
+        UserError: it is something else, or there are more or fewer.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    if not isinstance(generator, Sequence) or not all(
+        isinstance(one, torch.Generator) for one in generator
+    ):
+        raise UserError(
+            f"generator must be a torch.Generator or a list of them, not {generator!r}: for a seed "
+            "torch.Generator().manual_seed(SEED)"
+        )
+    if len(generator) != count:
+        raise UserError(f"{len(generator)} generators for {count} images: one for each")
+    return list(generator)
+
+
+def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The images or their initial noise, seen to have this shape (N, C, H, W).
+
+    Raises:
+        UserError: they have not, or are of integers.
+    """
+    if not isinstance(latents, Tensor):
+        raise UserError(f"latents must be a tensor {shape}, not {type(latents).__name__}")
     if tuple(latents.shape) != shape or not latents.is_floating_point():
         raise UserError(
             f"latents must be floating-point noise {shape}, not {latents.dtype} "
@@ -69,8 +145,11 @@ def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _labels(given: Labels | None, num_classes: int) -> list[int]:
     if given is None:
         raise UserError(f"this model draws classes: give class_labels, 0 … {num_classes - 1}")
-    labels = torch.as_tensor(given)
-    if labels.is_floating_point() and labels.numel():
+    try:
+        labels = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:  # what torch raises for text and None
+        raise UserError(f"class_labels must be whole numbers, not {given!r}") from error
+    if labels.numel() and (labels.is_floating_point() or labels.dtype == torch.bool):
         raise UserError(f"class_labels must be whole numbers, not {labels.dtype}")
     values: list[int] = labels.flatten().tolist()
     for label in values:
@@ -80,6 +159,11 @@ def _labels(given: Labels | None, num_classes: int) -> list[int]:
                 f"{num_classes} for none of them"
             )
     return values
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise UserError(f"{name} must be a number, not {value!r}")
 
 
 def _texts(name: str, given: Prompts) -> list[str]:

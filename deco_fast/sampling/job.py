@@ -156,7 +156,8 @@ def check_size(
     step = config.patch_size * (2 if is_text else 1)
     low, high = (8 * config.patch_size, 64 * config.patch_size) if is_text else (step, None)
     for option, size in zip(names, (height, width), strict=True):
-        nearest = min(max(low, round(size / step) * step), high or size + step)
+        nearest = max(low, round(size / step) * step)
+        nearest = nearest if high is None else min(nearest, high)
         if size != nearest:
             what = f"divisible by the patch size {step}"
             if is_text:
