@@ -37,7 +37,7 @@ from deco_fast.models.build import build_network
 from deco_fast.models.class_conditional import ClassConditional
 from deco_fast.models.config import ClassConfig
 from deco_fast.resources import pretrained_folder
-from deco_fast.sampling.source import SHIPPED
+from deco_fast.sampling.source import SHIPPED, checkpoint_name
 from deco_fast.training.distributed import pick_device
 
 PROMPTS = 4
@@ -114,7 +114,9 @@ def _for_classes(fields: dict[str, Any], source: Source, options: argparse.Names
     fields["training"]["learning_rate"] = 1e-4
     if len(classes) == source.config.num_classes:
         return
-    initial = options.out / "initial"
+    # By what it is made of: of another checkpoint, the run in OUT would not be the one asked for.
+    name = checkpoint_name(Path(options.checkpoint))
+    initial = options.out / f"initial-{name}-{len(classes)}-classes"
     if not initial.exists():
         _with_new_classes(source, options, len(classes), initial)
     fields["model"]["num_classes"] = len(classes)

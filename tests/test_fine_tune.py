@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -71,7 +72,7 @@ def test_the_shipped_model_on_classes_of_its_own(
     assert isinstance(model, ClassConditional) and model.config.num_classes == 2
     # It began with the shipped weights, its null class with theirs.
     shipped = load_checkpoint(pretrained_folder() / "deco-digits")
-    initial = load_checkpoint(Path("fine-tuned", "initial"))
+    initial = load_checkpoint(Path("fine-tuned", "initial-deco-digits-2-classes"))
     for name, tensor in shipped.state_dict().items():
         if name == "class_embedder.weight":
             tensor = tensor[-1:]
@@ -79,6 +80,10 @@ def test_the_shipped_model_on_classes_of_its_own(
     # Typed again it has nothing to train.
     assert example.main(words) == 0
     assert "has finished all 60 steps" in capsys.readouterr().out
+    # From another checkpoint it would be another run, and says so.
+    shutil.copytree(pretrained_folder() / "deco-digits", "other")
+    assert example.main([*words, "--checkpoint", "other"]) == 2
+    assert "training.init_from" in capsys.readouterr().err
 
 
 @pytest.mark.slow
