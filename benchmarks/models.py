@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.report import markdown_table
+from benchmarks.markdown import markdown_table
 from deco_fast.config import RunConfig, load_config
 
 STEPS = 50

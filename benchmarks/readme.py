@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import describe_machine, markdown_table
+from benchmarks.markdown import markdown_table
+from benchmarks.report import describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from benchmarks.comparison import Comparison, Row
+from benchmarks.markdown import markdown_table
+from benchmarks.models import ModelTable, describe_models
 
 FORMATS = (".json", ".md")
-_WORDS = ("variant", "remark", "task", "best baseline", "deco_fast")
-"""Columns that begin at the left, other than those of numbers."""
 
 
 def _unless_none(value: float | None, form: str, factor: float = 1.0) -> str:
@@ -49,25 +49,6 @@ def _cells(row: Row) -> dict[str, str]:
         "error": _unless_none(row.error, ".0e"),
         "remark": f"skipped: {row.skipped}" if row.skipped else row.remark or "",
     }
-
-
-def markdown_table(rows: Sequence[dict[str, str]]) -> str:
-    """Cells as a padded Markdown table; a column that is empty throughout is left out."""
-    columns = [name for name in rows[0] if any(row[name] for row in rows)]
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
-
-    def line(cells: dict[str, str]) -> str:
-        padded = (
-            cells[name].ljust(widths[name]) if name in _WORDS else cells[name].rjust(widths[name])
-            for name in columns
-        )
-        return f"| {' | '.join(padded)} |".rstrip()
-
-    rule = {
-        name: "-" * widths[name] if name in _WORDS else "-" * (widths[name] - 1) + ":"
-        for name in columns
-    }
-    return "\n".join([line({name: name for name in columns}), line(rule), *map(line, rows)])
 
 
 def describe_comparison(comparison: Comparison) -> str:
@@ -109,8 +90,6 @@ def entry(record: dict[str, Any], comparisons: Sequence[Comparison]) -> str:
         lines.append(f"- note: {record['note']}")
     if record["failed"]:
         lines.append(f"- incomplete: {record['failed']} comparisons failed")
-    from benchmarks.models import ModelTable, describe_models  # which imports this module
-
     tables = [describe_comparison(comparison) for comparison in comparisons]
     tables += [describe_models(ModelTable.from_json(table)) for table in record["models"]]
     return "\n".join(lines) + "\n\n" + "\n\n".join(tables) + "\n"

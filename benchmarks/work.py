@@ -19,11 +19,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from deco_fast import ops
-from deco_fast.interop.published import Layout, layout_for
 from deco_fast.kernels.flow_matching_loss.reference import BLOCK
 from deco_fast.kernels.pixel_decoder.reference import POSITION_FEATURES
 from deco_fast.models.build import build_network
-from deco_fast.models.config import DeCoT2IConfig, NetworkConfig, PixelDecoderConfig
+from deco_fast.models.config import (
+    DeCoConfig,
+    DeCoT2IConfig,
+    NetworkConfig,
+    PixelDecoderConfig,
+)
 from deco_fast.models.embeddings import FREQUENCY_CHANNELS
 
 FLOAT32_BYTES = 4
@@ -157,9 +161,9 @@ def model_flops(
 
     Backward: twice that, less the gradients of the image and of the time's sinusoids.
     """
-    if layout_for(config) != Layout():
+    is_variant = isinstance(config, DeCoConfig) and not config.is_published
+    if is_variant or not isinstance(config, DeCoConfig | DeCoT2IConfig):
         return counted_flops(config, images, backward)
-    assert isinstance(config, PixelDecoderConfig)
     length, width = images.tokens(config.patch_size), config.hidden_size
     text_tokens = config.text_length if isinstance(config, DeCoT2IConfig) else 0
     patches = 2 * length * config.in_channels * config.patch_size**2 * width

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import (
@@ -33,6 +33,7 @@ from deco_fast.models.config import (
     ClassConfig,
     DeCoConfig,
     DeCoT2IConfig,
+    NetworkConfig,
     PixDDTConfig,
     PixelDiTConfig,
     PixNerdConfig,
@@ -382,19 +383,20 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
 def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     place = [str(part) for part in first["loc"] if not str(part).startswith("function")]
-    if place[:1] == ["model"]:
-        place = [part for part in place if part not in NETWORKS]  # the union's tags
+    network = None
+    if place[:1] == ["model"] and len(place) > 1:
+        network = NETWORKS[place.pop(1)]  # the union's tag
     key = ".".join(place)
     value = first.get("input")
     if first["type"] == "union_tag_invalid":
         name = str(first["ctx"]["tag"])
         return f"model.network: there is no '{name}'{nearest(name, NETWORKS)}"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key '{key}'{nearest(key, _keys())}"
+        return f"unknown key '{key}'{nearest(key, _keys(network))}"
     if first["type"] in ("missing", "missing_argument"):
         return f"'{key}' is not set: add it to the configuration or give --{key}"
     if first["type"] == "literal_error":
-        choices = _choices(place)
+        choices = _choices(place, network)
         return f"{key}: '{value}' is not one of {', '.join(choices)}{nearest(str(value), choices)}"
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
@@ -402,12 +404,18 @@ def _explain(error: ValidationError) -> str:
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {value!r}"
 
 
-def _keys() -> list[str]:
+def _keys(network: type[NetworkConfig] | None) -> list[str]:
+    """All keys; of the model those of this network, where it is known which one is meant."""
     keys = [key for key, _, _ in option_help()]
+    if network is not None:
+        own = {f"model.{part.name}" for part in dataclasses.fields(network)}
+        keys = [key for key in keys if not key.startswith("model.") or key in own]
     return [*keys, *{key.split(".")[0] for key in keys}, "model.preset"]
 
 
-def _choices(place: Sequence[str]) -> list[str]:
+def _choices(place: Sequence[str], network: type[NetworkConfig] | None) -> list[str]:
+    if network is not None:
+        return [str(choice) for choice in get_args(get_type_hints(network)[place[1]])]
     section = RunConfig.model_fields[place[0]].annotation
     assert isinstance(section, type) and issubclass(section, BaseModel)
     return [str(choice) for choice in get_args(section.model_fields[place[1]].annotation)]

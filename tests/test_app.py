@@ -47,17 +47,7 @@ CLASS_CONFIG = DeCoConfig(
     decoder_depth=1,
     num_classes=10,
 )
-TEXT_CONFIG = DeCoT2IConfig(
-    hidden_size=16,
-    depth=1,
-    num_heads=2,
-    patch_size=2,
-    decoder_hidden_size=16,
-    decoder_depth=1,
-    text_depth=1,
-    text_size=tiny_qwen3.HIDDEN_SIZE,
-    text_length=8,
-)
+TEXT_CONFIG = tiny_qwen3.MODEL_CONFIG
 SETTINGS = SamplingSettings(
     solver="adams", steps=4, guidance_scale=3.0, guidance_interval=(0.1, 0.9), time_shift=3.0
 )

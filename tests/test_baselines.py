@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,30 @@ class TestPixDDT:
         x = torch.randn(1, 3, 8, 8)
         tokens = model.encode(x, torch.rand(1), torch.tensor([1]))
         assert not torch.equal(model.decode(x, tokens), model.decode(x + 1, tokens))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "--model.network=pixnert",
+            r"model\.network: there is no 'pixnert'; did you mean 'pixnerd'",
+        ),
+        ("--model.prediction=noise", r"model\.prediction: 'noise' is not one of velocity, image"),
+        ("--model.prediktion=image", r"unknown key 'model\.prediktion'; did you mean 'model\.pred"),
+        # DeCo has this one, and a key is not the nearest to itself.
+        (
+            "--model.decoder_depth=3",
+            r"unknown key 'model\.decoder_depth'(?!.*'model\.decoder_depth')",
+        ),
+    ],
+)
+def test_a_wrong_key_or_value_of_a_network_is_named(
+    override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(["--config", "jit_l_256", "--dry-run", override]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
 
 
 @pytest.mark.slow

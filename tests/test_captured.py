@@ -59,8 +59,10 @@ class FakeGraph:
     """What CUDA does, in plain operations: a replay writes where the recording has written."""
 
     recording: CapturedBackward
+    replays = 0
 
     def replay(self) -> None:
+        type(self).replays += 1
         own = self.recording
         held = [p.grad for p in own._parameters]
         own._forget_gradients()
@@ -113,7 +115,9 @@ class TestLogic:
     @pytest.mark.parametrize("accumulation", [1, 2])
     def test_a_replayed_step_trains_as_the_plain_one(self, accumulation: int) -> None:
         config = run_config(gradient_accumulation=accumulation, gradient_clipping=0.1)
+        FakeGraph.replays = 0
         plain, captured = (trained(config, CPU, capture) for capture in (False, True))
+        assert FakeGraph.replays == STEPS * accumulation
         assert torch.equal(captured[1], plain[1])
         for own, expected in zip(captured[0], plain[0], strict=True):
             assert torch.equal(own, expected)

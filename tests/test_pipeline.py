@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from deco_fast import DeCo, DeCoConfig, DeCoT2I, DeCoT2IConfig, load_checkpoint, sample
+from deco_fast import DeCo, DeCoConfig, DeCoT2I, load_checkpoint, sample
 from deco_fast.checkpoint import read_card, save_checkpoint
 from deco_fast.cli.sample import main as sample_command
 from deco_fast.conditioning.qwen3 import Qwen3TextEncoder
@@ -46,17 +46,7 @@ CLASSES = DeCoConfig(
     decoder_depth=2,
     num_classes=3,
 )
-TEXT = DeCoT2IConfig(
-    hidden_size=16,
-    depth=1,
-    num_heads=2,
-    patch_size=2,
-    decoder_hidden_size=16,
-    decoder_depth=1,
-    text_depth=1,
-    text_size=tiny_qwen3.HIDDEN_SIZE,
-    text_length=8,
-)
+TEXT = tiny_qwen3.MODEL_CONFIG
 SIZE = 16
 
 

@@ -13,7 +13,7 @@ import tiny_qwen3
 import torch
 from PIL import Image
 
-from deco_fast import DeCo, DeCoConfig, DeCoT2I, DeCoT2IConfig, load_checkpoint, sample
+from deco_fast import DeCo, DeCoConfig, DeCoT2I, load_checkpoint, sample
 from deco_fast.checkpoint import save_checkpoint
 from deco_fast.cli.evaluate import main as evaluate
 from deco_fast.cli.sample import main
@@ -25,17 +25,7 @@ from deco_fast.sampling.noise import noise_for
 from deco_fast.sampling.prompts import DpgPrompt, GenEvalPrompt
 from deco_fast.sampling.run import share
 
-CONFIG = DeCoT2IConfig(
-    hidden_size=16,
-    depth=1,
-    num_heads=2,
-    patch_size=2,
-    decoder_hidden_size=16,
-    decoder_depth=1,
-    text_depth=1,
-    text_size=tiny_qwen3.HIDDEN_SIZE,
-    text_length=8,
-)
+CONFIG = tiny_qwen3.MODEL_CONFIG
 SETTINGS = SamplingSettings(solver="adams", steps=3, guidance_scale=3.0, time_shift=3.0)
 
 

@@ -10,10 +10,24 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
+from deco_fast.models.config import DeCoT2IConfig
 from deco_fast.quiet import quiet_transformers
 
 PAD = "<|endoftext|>"
 HIDDEN_SIZE = 24
+
+MODEL_CONFIG = DeCoT2IConfig(
+    hidden_size=16,
+    depth=1,
+    num_heads=2,
+    patch_size=2,
+    decoder_hidden_size=16,
+    decoder_depth=1,
+    text_depth=1,
+    text_size=HIDDEN_SIZE,
+    text_length=8,
+)
+"""A tiny text model that draws from its features."""
 
 
 def save(folder: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -75,21 +75,20 @@ def open_checkpoint(
     source = open_source(locate(path), weights)
     if chosen is None:
         return source
-    if source.card.assumed and isinstance(chosen.config, PixelDiTConfig):
+    own, other = source.config, chosen.config
+    if (
+        isinstance(own, PixelDiTConfig)
+        and isinstance(other, PixelDiTConfig)
+        and source.card.assumed
+    ):
         # Tensors alone do not tell JiT from the baseline.
-        source = _predicting(source, chosen.config.prediction)
+        source = replace(source, config=replace(own, prediction=other.prediction))
     suitable = [
-        name for name, other in PRESETS.items() if not _differences(source.config, other.config)
+        name for name, one in PRESETS.items() if not _differences(source.config, one.config)
     ]
     remedy = f"use --preset {' or '.join(suitable)}" if suitable else "leave --preset out"
     check_architecture(source.path, source.config, chosen.config, f"preset {preset}", remedy)
     return replace(source, card=replace(chosen.card, step=source.card.step))
-
-
-def _predicting(source: Source, prediction: Literal["velocity", "image"]) -> Source:
-    if not isinstance(source.config, PixelDiTConfig):
-        return source
-    return replace(source, config=replace(source.config, prediction=prediction))
 
 
 def load_weights(path: str | Path, model: DeCoNetwork, weights: str | None = None) -> None:

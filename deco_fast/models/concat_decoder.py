@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deco_fast import ops
-from deco_fast.kernels.layout import from_pixels, to_pixels
+from deco_fast.kernels.layout import from_pixels
 from deco_fast.kernels.pixel_decoder.reference import (
     NORM_EPS,
     POSITION_FEATURES,
-    pixel_position_features,
+    pixel_features,
 )
 from deco_fast.models.config import DeCoConfig
 from deco_fast.models.decoder import xavier_linear, zero_linear
@@ -57,10 +57,7 @@ class ConcatDecoder(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """x (B, C, H, W), tokens (B, L, D) to the velocity (B, C, H, W)."""
         y = ops.linear_upsample(tokens, self.upsample.weight, self.upsample.bias, self.patch_size)
-        pixels = to_pixels(x, self.patch_size)
-        places = pixel_position_features(self.patch_size, x.device).to(x.dtype)
-        features = torch.cat([pixels, places.expand(len(pixels), -1, -1)], dim=-1)
-        h = self.input_proj(self.pixel_embedder(features))
+        h = self.input_proj(self.pixel_embedder(pixel_features(x, self.patch_size)))
         for block in self.blocks:
             h = block(h, y)
         velocity = self.output(F.layer_norm(h, h.shape[-1:], eps=NORM_EPS))

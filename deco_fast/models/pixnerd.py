@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deco_fast.kernels.layout import from_pixels, to_pixels
-from deco_fast.kernels.pixel_decoder.reference import POSITION_FEATURES, pixel_position_features
+from deco_fast.kernels.layout import from_pixels
+from deco_fast.kernels.pixel_decoder.reference import POSITION_FEATURES, pixel_features
 from deco_fast.models.card import ModelCard
 from deco_fast.models.class_conditional import ClassConditional
 from deco_fast.models.config import PixNerdConfig
@@ -55,10 +55,7 @@ class NerfDecoder(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """x (B, C, H, W) and tokens (B, L, D) to (B, C, H, W)."""
-        pixels = to_pixels(x, self.patch_size)
-        places = pixel_position_features(self.patch_size, x.device).to(x.dtype)
-        features = torch.cat([pixels, places.expand(len(pixels), -1, -1)], dim=-1)
-        h = self.pixel_embedder(features)
+        h = self.pixel_embedder(pixel_features(x, self.patch_size))
         for block in self.blocks:
             h = block(h, tokens.flatten(0, 1))
         velocity = self.output(self.norm(h))

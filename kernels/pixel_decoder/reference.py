@@ -99,6 +99,13 @@ def _axial_features(patch_size: int, device: torch.device | None) -> Tensor:
     return torch.stack([of_x, of_y], dim=-1).reshape(patch_size**2, POSITION_FEATURES)
 
 
+def pixel_features(x: Tensor, patch_size: int, kind: str = "product") -> Tensor:
+    """Image (B, C, H, W) to its pixels with the features of their places, (B·L, p², C + 64)."""
+    pixels = to_pixels(x, patch_size)
+    places = pixel_position_features(patch_size, x.device, kind).to(x.dtype)
+    return torch.cat([pixels, places.expand(len(pixels), -1, -1)], dim=-1)
+
+
 def pixel_decoder(
     x: Tensor,
     tokens: Tensor,
@@ -109,9 +116,7 @@ def pixel_decoder(
     """Decode the noisy image x (B, 3, H, W) under tokens (B, L, D) to the velocity (B, 3, H, W)."""
     p = parameters
     y = linear_upsample(tokens, p.upsample_weight, p.upsample_bias, patch_size)
-    pixels = to_pixels(x, patch_size)
-    places = pixel_position_features(patch_size, x.device, position).to(x.dtype)
-    features = torch.cat([pixels, places.expand(pixels.shape[0], -1, -1)], dim=-1)
+    features = pixel_features(x, patch_size, position)
     h = F.linear(features, p.pixel_embedder_weight, p.pixel_embedder_bias)
     h = F.linear(h, p.input_proj_weight, p.input_proj_bias)
     condition = F.silu(y)
