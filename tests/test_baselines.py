@@ -182,6 +182,17 @@ def test_a_configuration_says_which_network_it_is_of(config: ClassConfig) -> Non
         config_from_json({**config.to_json(), "network": "pixnert"})
 
 
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("JiT", "prediction"), ("UNet-style", "decoder_conditioning"), ("PixDDT", "network")],
+)
+def test_a_choice_that_does_not_exist_is_refused(name: str, field: str) -> None:
+    """As of a checkpoint's header, which no schema has seen."""
+    config = NETWORKS[name]
+    with pytest.raises(ValueError, match=f"{field} must be .*, not 'noise'"):
+        type(config).from_json({**config.to_json(), field: "noise"})
+
+
 def test_deco_is_what_a_configuration_without_a_network_means() -> None:
     fields = DeCoConfig(**SMALL).to_json()
     del fields["network"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from deco_fast.errors import UserError, nearest
 
@@ -34,6 +34,10 @@ class NetworkConfig:
         for part in dataclasses.fields(self):
             if part.type == "int" and getattr(self, part.name) < 1:
                 raise ValueError(f"{part.name} must be at least 1, not {getattr(self, part.name)}")
+        for name, hint in get_type_hints(type(self)).items():
+            choices = get_args(hint) if get_origin(hint) is Literal else ()
+            if choices and (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} must be {' or '.join(choices)}, not {value!r}")
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of 4 × num_heads "
