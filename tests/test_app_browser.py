@@ -44,6 +44,10 @@ pytestmark = [
 ]
 
 
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`python app.py` with the shipped digits, and its address."""
@@ -53,6 +57,8 @@ def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # A shell's background jobs, such as a test run may be, inherit that SIGINT is ignored.
+        preexec_fn=None if sys.platform == "win32" else _heed_interrupts,
     )
     assert process.stdout is not None
     printed = []
