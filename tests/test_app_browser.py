@@ -15,10 +15,13 @@ import sys
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_qwen3
+import torch
 from PIL import Image
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
@@ -28,7 +31,10 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from deco_fast.checkpoint import save_checkpoint
 from deco_fast.cli.sample import main as sample
+from deco_fast.models.card import ModelCard, SamplingSettings
+from deco_fast.models.deco_t2i import DeCoT2I
 
 ROOT = Path(__file__).resolve().parents[1]
 SCREENSHOTS = ROOT / "screenshots"
@@ -48,11 +54,11 @@ def _heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`python app.py` with the shipped digits, and its address."""
+@contextmanager
+def serving(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`python app.py` and its address, inside the `with` block."""
     process = subprocess.Popen(
-        [sys.executable, "app.py", "--device", "cpu", "--max-images", "16"],
+        [sys.executable, "app.py", "--device", "cpu", "--max-images", "16", *options],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -68,9 +74,31 @@ def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
             break
     else:
         pytest.fail("".join(printed))
-    yield process, match[1]
-    process.kill()
-    process.wait()
+    try:
+        yield process, match[1]
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """With the shipped digits."""
+    with serving() as served:
+        yield served
+
+
+def text_checkpoint(folder: Path) -> Path:
+    """Of a tiny text model with random weights throughout."""
+    settings = SamplingSettings(solver="adams", steps=20, guidance_scale=3.0, time_shift=3.0)
+    encoder = str(tiny_qwen3.folder())
+    card = ModelCard("tiny-t2i", 32, 32, sampling=settings, text_encoder=encoder)
+    torch.manual_seed(0)
+    model = DeCoT2I(tiny_qwen3.MODEL_CONFIG, card)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return save_checkpoint(folder / "tiny-t2i", model=None, ema=model, card=card)
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +244,35 @@ def test_wrong_input_shows_a_message(visit: Visitor) -> None:
         visit.screenshot(f"wrong-{field}")
         visit.enter(field, right)
     assert not visit.browser.find_elements(By.CSS_SELECTOR, "#images img")
+
+
+def test_prompts_are_drawn(browser: WebDriver, tmp_path: Path) -> None:
+    """On the page of a text model; a prompt that is too long is cut, and the page says so."""
+    prompts = ("a cat", "", "a <i>very</i> long one" * 10)
+    drawn: list[list[np.ndarray]] = []
+    with serving(f"--checkpoint={text_checkpoint(tmp_path)}") as (_, address):
+        visit = Visitor(browser, address)
+        assert not browser.find_elements(By.CSS_SELECTOR, "#classes")
+        visit.enter("negative_prompt", "blurry")
+        visit.enter("num", 2)
+        visit.enter("height", 33)
+        visit.click("generate")
+        visit.wait_for(".toast-body", "height 33 is not one of 16 … 128, divisible by 4: use 32")
+        visit.enter("height", 48)
+        for seed, prompt in enumerate(prompts):
+            visit.enter("prompt", prompt)
+            visit.enter("seed", seed)
+            visit.click("generate")
+            visit.wait_for("#status", f"drawn: 2 of 48×32, seed {seed}")
+            visit.screenshot(f"prompt-{seed}")
+            images = [pixels(download(source)) for source in visit.sources("images")]
+            drawn.append(images)
+            folder = tmp_path / str(seed)
+            assert sample([*visit.command(), "--out", str(folder)]) == 0
+            for image, file in zip(images, sorted(folder.glob("*-prompt*.png")), strict=True):
+                np.testing.assert_array_equal(image, pixels(file))
+        visit.wait_for("#status", "cut: of 220 tokens the first 8 are used: 'a <i>very</i> long")
+    assert {image.shape for images in drawn for image in images} == {(48, 32, 3)}
 
 
 def test_two_visitors_at_once(
