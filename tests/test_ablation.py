@@ -184,6 +184,29 @@ def test_dry_run_lists_the_runs(folder: Path, capsys: pytest.CaptureFixture[str]
     assert not (folder / "ablations").exists()
 
 
+def test_the_rows_of_a_suite_become_configurations(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As files that train.py takes; a file that was changed by hand is not written over."""
+    command = ["ablate", "--suite", "paper-decoder-conditioning", "--write-configs", "rows"]
+    for _ in range(2):
+        assert main(command) == 0
+    assert capsys.readouterr().out.split()[:2] == [
+        str(Path("rows", name)) for name in ("adaln-seed0.yaml", "unet-style-seed0.yaml")
+    ]
+    for planned in plan(load_suite("paper-decoder-conditioning")):
+        assert load_config(str(folder / "rows" / f"{planned.name}.yaml")) == planned.config
+    file = folder / "rows" / "unet-style-seed0.yaml"
+    file.write_text(file.read_text().replace("concat", "adaln"))
+    changed = file.read_text()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "unet-style-seed0.yaml is there" in error
+    assert file.read_text() == changed
+    assert main([*command[:-1], str(file)]) == 2
+    assert "--write-configs" in capsys.readouterr().err
+
+
 # --- running --------------------------------------------------------------------------------
 
 

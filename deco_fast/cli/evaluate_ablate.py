@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deco_fast import ops
+from deco_fast.checkpoint.atomic import atomic_file
 from deco_fast.cli.parser import whole_number
 from deco_fast.errors import UserError
 from deco_fast.experiments.suite import (
@@ -28,6 +29,8 @@ def run(options: argparse.Namespace) -> int:
     evaluation = {key: value for key, value in given.items() if value is not None}
     suite = load_suite(options.suite, options.rows, options.seeds, evaluation)
     runs = plan(suite, _overrides(options.set or []))
+    if options.write_configs is not None:
+        return _write_configs(runs, options.write_configs)
     folder = options.out or Path("ablations") / suite.name
     check_writable(folder, "--out")
     if options.dry_run:
@@ -67,6 +70,19 @@ def _dry_run(runs: list[PlannedRun], folder: SuiteFolder) -> int:
             f"{training.steps:,} steps of {training.batch_size} images, "
             f"{cost.training_flops / 1e9:,.2f} GFLOP each"
         )
+    return 0
+
+
+def _write_configs(runs: list[PlannedRun], folder: Path) -> int:
+    check_writable(folder, "--write-configs")
+    texts = {folder / f"{planned.name}.yaml": planned.config.to_yaml() for planned in runs}
+    for file, text in texts.items():
+        if file.exists() and file.read_text(encoding="utf-8") != text:
+            raise UserError(f"{file} is there and says something else: choose another folder")
+    for file, text in texts.items():
+        with atomic_file(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print(file)
     return 0
 
 
@@ -118,5 +134,11 @@ def add_parser(kinds: Any) -> None:
     ablate.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     ablate.add_argument(
         "--dry-run", action="store_true", help="list the runs, their cost and state, and stop"
+    )
+    ablate.add_argument(
+        "--write-configs",
+        type=Path,
+        metavar="FOLDER",
+        help="write the configuration of each run as a file for train.py --config, and stop",
     )
     ablate.set_defaults(run=run)
