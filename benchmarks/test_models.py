@@ -33,6 +33,7 @@ from deco_fast.models.build import build_network
 from deco_fast.models.config import ClassConfig
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.training.distributed import Processes
+from deco_fast.training.parallel import COMPILE_OPTIONS
 from deco_fast.training.step import TrainingStep
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -132,7 +133,7 @@ class _Subject:
         self._training = TrainingStep(config, Processes(0, 1, device), features)
         randomize(self._training.model)
         if not settings.trial:
-            self._training.objective.compile(dynamic=False)
+            self._training.objective.compile(dynamic=False, options=COMPILE_OPTIONS)
         shape = (training.batch_size, 3, data.height, data.width)
         self._batch = Batch(
             normal(*shape).clamp(-1, 1),

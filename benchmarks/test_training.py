@@ -166,11 +166,11 @@ def test_training_step(
         gradients: dict[str, Tensor] = {}
         waits: list[float] = []
 
-        @variant.compile
-        def losses(*inputs: Tensor) -> dict[str, Tensor]:
+        def forward(*inputs: Tensor) -> dict[str, Tensor]:
             found: dict[str, Tensor] = step.objective(*inputs)
             return found
 
+        losses = variant.compile(forward, parallel.COMPILE_OPTIONS)
         captured = None
         if variant.part == CAPTURED:
             captured = CapturedBackward(losses, list(step.objective.parameters()), parts=1)

@@ -69,14 +69,17 @@ class Variant:
         """Whether ours must beat it."""
         return self.backend == REFERENCE and self.part is None
 
-    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, compiled if this variant is.
+    def compile(
+        self, function: Callable[..., Any], options: dict[str, Any] | None = None
+    ) -> Callable[..., Any]:
+        """The function, compiled if this variant is; with Inductor's options if it is ours.
 
         For static shapes, as they are the same at every call: the strongest form of the baseline.
         """
         if not self.compiled:
             return function
-        return torch.compile(function, fullgraph=True, dynamic=False)
+        options = None if self.is_baseline else options
+        return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
     @contextmanager
     def environment(self) -> Iterator[None]:

@@ -14,11 +14,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 from golden import load_model, relative_error, tensors
+from processes import TINY
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from deco_fast import DeCo, DeCoConfig, flow_matching_loss, frequency_table, sample
 from deco_fast.compiling import keep_compiled_code
+from deco_fast.config import load_config
+from deco_fast.training.distributed import Processes
+from deco_fast.training.objective import Objective
+from deco_fast.training.parallel import prepare_network
 
 CONFIG = DeCoConfig(
     hidden_size=32,
@@ -160,3 +165,38 @@ def test_compiled_code_is_kept_where_the_user_keeps_caches(monkeypatch: pytest.M
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
     keep_compiled_code()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_compiled_step_keeps_no_casts_of_weights() -> None:
+    """Under autocast, and the gradients are those of one that keeps them, bit for bit."""
+    words = [*TINY, "--training.precision=bf16", "--training.compile=true"]
+    config = load_config("deco-digits", words)
+    torch.manual_seed(0)
+    plain = Objective(new_model(), config)
+    prepared = copy.deepcopy(plain)
+    network = prepare_network(prepared, config.training, Processes(0, 1, torch.device("cpu")))
+    plain.compile()
+    x, t, y = inputs(2)
+    noise = torch.randn_like(x)
+    sizes = {}
+    for objective, module in ((plain, plain), (prepared, network)):
+        held = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor, held: set[int] = held, kept: dict[int, int] = kept) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in held:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            total = module(x, y, t, noise)["total"]
+        total.backward()
+        sizes[objective] = sum(kept.values())
+    blocks = plain.model.blocks.parameters()
+    casts = sum(2 * p.numel() for p in blocks if p.ndim == 2)
+    assert sizes[prepared] <= sizes[plain] - casts
+    for one, other in zip(plain.parameters(), prepared.parameters(), strict=True):
+        assert one.grad is not None and torch.equal(one.grad, other.grad)

@@ -18,6 +18,10 @@ from deco_fast.models.deco_t2i import DeCoT2I
 from deco_fast.models.network import DeCoNetwork
 from deco_fast.training.distributed import Processes
 from deco_fast.training.objective import Objective
+from deco_fast.training.partition import RecomputeCasts
+
+COMPILE_OPTIONS: dict[str, Any] = {"joint_custom_post_pass": RecomputeCasts()}
+"""For Inductor, whatever it compiles of a step."""
 
 
 def device_mesh(processes: Processes) -> DeviceMesh:
@@ -95,7 +99,7 @@ def prepare_network(
         # cannot see into recomputed ones: there each block is a graph of its own.
         by_block = sharded or (network is not objective and config.recompute_activations)
         for part in _all_blocks(objective.model) if by_block else [network]:
-            part.compile()
+            part.compile(options=COMPILE_OPTIONS)
     return network
 
 
