@@ -17,8 +17,12 @@ def norm_modulate(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: 
     """See `deco_fast.ops.norm_modulate`.
 
     Left to the reference: float64, more than 4,096 channels, a modulation for each token, GPUs that
-    are `is_foreign`, and all inside of `torch.func` transforms.
+    are `is_foreign`, all inside of `torch.func` transforms, and what torch.compile traces.
     """
+    # Inductor fuses the reference with the residual before it and orders it without Python, which
+    # an opaque op needs four times in a block; the op alone is no faster than that.
+    if torch.compiler.is_compiling():
+        return reference.norm_modulate(x, weight, shift, scale, eps)
     fits = x.dtype in _DTYPES and x.shape[-1] <= MAX_WIDTH and shift.shape[-2] == 1
     if is_foreign(x) or within_transform() or not fits:
         return reference.norm_modulate(x, weight, shift, scale, eps)

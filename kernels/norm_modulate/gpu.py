@@ -169,9 +169,9 @@ def backward(
     """See `deco_fast.kernels.registration`; the same bits at every run."""
     batch, tokens, width = x.shape
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    weight_sums = x.new_zeros((batch, width), dtype=torch.float32)
+    weight_sums = x.new_empty((batch, width), dtype=torch.float32)
     grad_shift, grad_scale = (
-        torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in (shift, scale)
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (shift, scale)
     )
     if tokens == 0:
         for sums in (weight_sums, grad_shift, grad_scale):

@@ -225,6 +225,24 @@ class TestBehaviour:
         with ops.use_backend("reference"):
             assert torch.equal(gradient, torch.func.grad(value)(x))
 
+    def test_the_compiler_sees_the_norm_and_not_the_op(self) -> None:
+        x, weight = normal(1, 3, 8).requires_grad_(), normal(8)
+        shift, scale = normal(2, 1, 1, 8).unbind()
+        seen: list[str] = []
+
+        def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+            seen.extend(str(node.target) for node in graph.graph.nodes)
+            return graph
+
+        @torch.compile(backend=backend, fullgraph=True)
+        def compiled(x: Tensor) -> Tensor:
+            return ops.norm_modulate(x, weight, shift, scale, EPS)
+
+        with ops.use_backend("triton"):
+            y = compiled(x)
+        assert seen and not any("deco_fast" in target for target in seen)
+        assert torch.equal(y, norm_reference.norm_modulate(x, weight, shift, scale, EPS))
+
 
 class TestSwiGLU:
     @pytest.mark.parametrize("width", [16, 21])
