@@ -28,6 +28,7 @@ import torch
 
 from benchmarks.comparison import Comparison, Row
 from benchmarks.models import ModelTable, describe_models
+from benchmarks.profile_step import describe_profile
 from benchmarks.report import describe_comparison, describe_machine
 from deco_fast.errors import UserError, run_command
 
@@ -85,11 +86,16 @@ def pieces(device: str, trial: bool, out: Path) -> Iterator[Piece]:
         mode = ("--trial",) if trial else ()
         return Piece(name, (*base, *mode, test, *options, *figures), seconds)
 
+    profile = (python, "-m", "benchmarks.profile_step", str(out / "profile" / FIGURES))
+    if trial:
+        profile += ("--config", "deco-digits", "--ways", "reference", "fused")
+        profile += ("--set", "training.compile=false", "--batch", "2")
+    yield Piece("profile", (*profile, "--device", device), 240)
     batch = () if trial else ("--batch", "32")
     for precision in ("bf16", "fp32"):
         test = "benchmarks/test_decoder.py"
-        yield benchmark(f"decoder-{precision}", test, "-k", precision, *batch, seconds=120)
-    yield benchmark("loss", "benchmarks/test_loss.py", *batch, seconds=60)
+        yield benchmark(f"decoder-{precision}", test, "-k", precision, *batch, seconds=130)
+    yield benchmark("loss", "benchmarks/test_loss.py", *batch, seconds=90)
     for model in ("deco-digits",) if trial else ("deco-l", "deco-xl"):
         yield benchmark(
             f"training-{model}",
@@ -116,7 +122,7 @@ def pieces(device: str, trial: bool, out: Path) -> Iterator[Piece]:
                     f"sampling-{size}-batch{images}",
                     "benchmarks/test_sampling.py",
                     *("-k", f"{case} and bf16", "--paper", "--batch", str(images)),
-                    seconds=240 if images < 64 else 400,
+                    seconds={1: 240, 16: 100 if size == 256 else 240, 64: 400}[images],
                 )
     for start in ("cold", "second"):
         command = (python, "-m", "benchmarks.cold_start", "--device", device)
@@ -168,7 +174,13 @@ def passed(piece: Piece, out: Path) -> bool:
 
 def gather(names: Sequence[str], out: Path) -> dict[str, Any]:
     """All that the pieces have left, as one record."""
-    record: dict[str, Any] = {"pieces": {}, "comparisons": [], "models": [], "starts": {}}
+    record: dict[str, Any] = {
+        "pieces": {},
+        "comparisons": [],
+        "models": [],
+        "profiles": {},
+        "starts": {},
+    }
     for name in names:
         try:
             record["pieces"][name] = json.loads((out / name / STATUS).read_text(encoding="utf-8"))
@@ -183,6 +195,8 @@ def gather(names: Sequence[str], out: Path) -> dict[str, Any]:
             record["machine"]["gemm_flops_per_second"].update(rates)
             record["comparisons"] += figures["comparisons"]
             record["models"] += figures.get("models", [])
+        elif "profile" in figures:
+            record["profiles"][name] = figures["profile"]
         else:
             record["starts"][name] = figures
     return record
@@ -211,6 +225,8 @@ def describe(record: dict[str, Any]) -> str:
     for fields in record["comparisons"]:
         comparison = Comparison(**{**fields, "rows": [Row(**row) for row in fields["rows"]]})
         lines += ["", describe_comparison(comparison)]
+    for name, times in record.get("profiles", {}).items():
+        lines += ["", f"### {name} of a training step", "", describe_profile(times)]
     for table in record.get("models", ()):
         lines += ["", describe_models(ModelTable.from_json(table))]
     return "\n".join(lines) + "\n"

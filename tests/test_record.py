@@ -118,11 +118,15 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> None:
-    arguments = [str(tmp_path), "--device", "cpu", "--trial", "--only", "backends", "loss"]
-    assert main(arguments) == 0
+    arguments = [str(tmp_path), "--device", "cpu", "--trial", "--only"]
+    assert main([*arguments, "backends", "profile", "loss"]) == 0
     saved = json.loads((tmp_path / "record.json").read_text())
     assert {row["variant"] for comparison in saved["comparisons"] for row in comparison["rows"]}
     assert saved["machine"]["versions"]["torch"]
+    profile = saved["profiles"]["profile"]
+    assert profile.keys() == {"reference", "fused"}
+    assert all(times["step"] > 0 and times["host"] > 0 for times in profile.values())
+    assert "| reference |" in (tmp_path / "record.md").read_text()
 
 
 def test_the_readme_s_figures_are_those_of_the_records() -> None:
