@@ -307,7 +307,7 @@ def test_the_average_follows_its_formula() -> None:
     for _ in range(3):
         with torch.no_grad():
             model.get_parameter(name).add_(1.0)
-        ema.update(model)
+        ema.update()
         expected = 0.9 * expected + 0.1 * model.get_parameter(name).double()
     assert torch.allclose(ema.model.get_parameter(name).double(), expected, atol=1e-6)
     assert not ema.model.get_parameter(name).requires_grad

@@ -87,8 +87,10 @@ class TrainingStep:
             mesh = parallel.device_mesh(processes)
             parallel.shard(self.model, mesh, self.objective)
             parallel.shard(self.ema.model, mesh)
+        # Listing them anew would take the host half a millisecond each time.
+        self._parameters = list(self.objective.parameters())
         self.optimizer = torch.optim.AdamW(
-            self.objective.parameters(),
+            self._parameters,
             lr=training.learning_rate,
             betas=training.betas,
             weight_decay=training.weight_decay,
@@ -111,9 +113,8 @@ class TrainingStep:
 
     def capture(self) -> None:
         """Have the next call record `network` as a CUDA graph, and those after it replay it."""
-        parameters = list(self.objective.parameters())
         parts = self.config.training.gradient_accumulation
-        self.captured = CapturedBackward(self.network, parameters, parts)
+        self.captured = CapturedBackward(self.network, self._parameters, parts)
 
     def __call__(self, step: int, batch: Batch) -> StepFigures:
         """Make a step.
@@ -150,7 +151,7 @@ class TrainingStep:
         self.ema.wait()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update(self.model)
+        self.ema.update()
         return StepFigures(
             (*(f"loss/{name}" for name in sums), "gradient_norm", "tripped"),
             torch.cat([losses_over_all, torch.stack([norm, self.guard.tripped])]),
@@ -177,10 +178,11 @@ class TrainingStep:
 
     def _clip_gradients(self) -> Tensor:
         """The norm of the whole gradient before it was clipped."""
-        parameters = list(self.objective.parameters())
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.config.training.gradient_clipping is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.training.gradient_clipping, norm)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        most = self.config.training.gradient_clipping
+        if most is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, most, norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
