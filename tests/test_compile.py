@@ -170,33 +170,30 @@ def test_compiled_code_is_kept_where_the_user_keeps_caches(monkeypatch: pytest.M
 @needs_compiler
 @pytest.mark.slow
 def test_a_compiled_step_keeps_no_casts_of_weights() -> None:
-    """Under autocast, and the gradients are those of one that keeps them, bit for bit."""
+    """Under autocast; they are made again for the backward pass."""
     words = [*TINY, "--training.precision=bf16", "--training.compile=true"]
     config = load_config("deco-digits", words)
-    torch.manual_seed(0)
-    plain = Objective(new_model(), config)
-    prepared = copy.deepcopy(plain)
-    network = prepare_network(prepared, config.training, Processes(0, 1, torch.device("cpu")))
-    plain.compile()
+    eager = Objective(new_model(), config)
+    compiled = copy.deepcopy(eager)
+    network = prepare_network(compiled, config.training, Processes(0, 1, torch.device("cpu")))
     x, t, y = inputs(2)
     noise = torch.randn_like(x)
-    sizes = {}
-    for objective, module in ((plain, plain), (prepared, network)):
-        held = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
-        kept: dict[int, int] = {}
+    shapes = {p.shape for p in compiled.parameters() if p.ndim == 2}
+    shapes |= {torch.Size(reversed(shape)) for shape in shapes}
+    kept: list[Tensor] = []
 
-        def note(tensor: Tensor, held: set[int] = held, kept: dict[int, int] = kept) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in held:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.bfloat16:
+            kept.append(tensor)
+        return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            total = module(x, y, t, noise)["total"]
-        total.backward()
-        sizes[objective] = sum(kept.values())
-    blocks = plain.model.blocks.parameters()
-    casts = sum(2 * p.numel() for p in blocks if p.ndim == 2)
-    assert sizes[prepared] <= sizes[plain] - casts
-    for one, other in zip(plain.parameters(), prepared.parameters(), strict=True):
-        assert one.grad is not None and torch.equal(one.grad, other.grad)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        total = network(x, y, t, noise)["total"]
+    assert kept and not [tensor for tensor in kept if tensor.shape in shapes]
+    total.backward()
+    eager(x, y, t, noise)["total"].backward()
+    gradients = [
+        torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+        for module in (compiled, eager)
+    ]
+    assert relative_error(*gradients) <= 1e-2
