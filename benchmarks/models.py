@@ -159,18 +159,18 @@ def describe_models(table: ModelTable) -> str:
 def _cells(row: ModelFigures) -> dict[str, str]:
     paper = row.published or {}
 
-    def cell(text: str, key: str, form: str) -> str:
-        return f"{text} ({format(paper[key], form)})" if key in paper else text
+    def cell(text: str, key: str, unit: str, per: float = 1) -> str:
+        return f"{text} ({paper[key] / per:g}{unit})" if key in paper else text
 
     return {
         "variant": row.name,
-        "parameters": cell(f"{row.parameters / 1e6:,.2f}M", "parameters", ",.0f"),
-        "training GB": cell(_gb(row.training_memory), "training_gb", "g"),
-        "ms/iteration": cell(_ms(row.iteration, row.iteration_spread), "iteration", "g"),
+        "parameters": cell(f"{row.parameters / 1e6:,.2f}M", "parameters", "M", 1e6),
+        "training GB": cell(_gb(row.training_memory), "training_gb", " GB"),
+        "ms/iteration": cell(_ms(row.iteration, row.iteration_spread), "iteration", " s"),
         "of floor": f"{row.iteration_floor / row.iteration:.1%}",
-        "inference GB": cell(_gb(row.inference_memory), "inference_gb", "g"),
-        "ms/image": cell(_ms(row.image, row.image_spread), "image", "g"),
-        "ms/step": cell(f"{row.image / STEPS * 1e3:.3g}", "step", "g"),
+        "inference GB": cell(_gb(row.inference_memory), "inference_gb", " GB"),
+        "ms/image": cell(_ms(row.image, row.image_spread), "image", " s"),
+        "ms/step": cell(_four_digits(row.image / STEPS * 1e3), "step", " s"),
     }
 
 
@@ -179,5 +179,9 @@ def _gb(size: int | None) -> str:
 
 
 def _ms(seconds: float, spread: tuple[float, float]) -> str:
-    low, high = (f"{value * 1e3:,.4g}" for value in spread)
-    return f"{seconds * 1e3:,.4g} [{low} – {high}]"
+    low, median, high = (_four_digits(value * 1e3) for value in (spread[0], seconds, spread[1]))
+    return f"{median} [{low} – {high}]"
+
+
+def _four_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

@@ -82,7 +82,7 @@ def test_models(
         f"models of Table 1, size {size}, {precision}",
         f"Training {images}; drawing one image in {STEPS} Euler steps without guidance; "
         f"{'in turns' if together else 'one model after the other'}; in brackets the spread"
-        + ("" if small else ", and the paper's figures in GB and seconds"),
+        + ("" if small else ", and the paper's figures (32 images a GPU; an A800)"),
         figures,
     )
     model_tables.append(table)

@@ -1,9 +1,10 @@
 #include "instruction_set.h"
 
+#include <c10/util/Exception.h>
+
 #include <array>
 #include <cstddef>
 #include <cstdlib>
-#include <stdexcept>
 #include <string>
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -80,14 +81,12 @@ InstructionSet selected_instruction_set() {
       continue;
     }
     const auto instruction_set = static_cast<InstructionSet>(i);
-    if (instruction_set > detected) {
-      throw std::invalid_argument("DECO_ISA: this CPU has no " + wanted + "; choose " +
-                                  names_up_to(detected));
-    }
+    TORCH_CHECK_VALUE(instruction_set <= detected, "DECO_ISA: this CPU has no ", wanted,
+                      "; choose ", names_up_to(detected));
     return instruction_set;
   }
-  throw std::invalid_argument("DECO_ISA: unknown instruction set '" + wanted + "'; choose " +
-                              names_up_to(detected));
+  TORCH_CHECK_VALUE(false, "DECO_ISA: unknown instruction set '", wanted, "'; choose ",
+                    names_up_to(detected));
 }
 
 }  // namespace deco

@@ -13,6 +13,14 @@ def flow_matching_loss_forward(
     timestep_weight: Tensor | None,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def flow_matching_loss(
+    prediction: Tensor,
+    target: Tensor,
+    table: Tensor,
+    weight: float,
+    timestep_weight: Tensor | None,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 def has_block_products() -> bool: ...
 def pack_weight(weight: Tensor, split: bool) -> Tensor: ...
 def packed_linear(

@@ -195,7 +195,7 @@ class TestDirectLoss:
     def test_is_the_op(self, dtype: torch.dtype) -> None:
         x, target = image(dtype), image()
         direct = lose(x, target)
-        assert "_DirectLoss" in type(direct.grad_fn).__name__
+        assert "DifferentiableLoss" in direct.grad_fn.name()
         with Recorder() as recorder:
             seen = lose(x, target)
         assert torch.equal(direct, seen)
