@@ -18,9 +18,9 @@ from deco_fast.models.deco_t2i import DeCoT2I
 from deco_fast.models.network import DeCoNetwork
 from deco_fast.training.distributed import Processes
 from deco_fast.training.objective import Objective
-from deco_fast.training.partition import RecomputeCasts
+from deco_fast.training.partition import RecomputeCheapInputs
 
-COMPILE_OPTIONS: dict[str, Any] = {"joint_custom_post_pass": RecomputeCasts()}
+COMPILE_OPTIONS: dict[str, Any] = {"joint_custom_post_pass": RecomputeCheapInputs()}
 """For Inductor, whatever it compiles of a step."""
 
 
