@@ -35,7 +35,6 @@ from deco_fast.training.distributed import Processes
 from deco_fast.training.step import TrainingStep
 
 WARM_UP = 5
-STEPS = 20
 PROFILED_STEPS = 3
 TABLE_ROWS = 60
 
@@ -88,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", default="c2i_l_256")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS))
     parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE")
     options = parser.parse_args(argv)
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         config = load_config(options.config, [*words, *(f"--{word}" for word in options.set)])
         with ops.use_backend(way.backend) if way.backend else nullcontext():
             step = _training_step(config, device)
-            times[name] = asdict(_profile(step, device, folder / name))
+            times[name] = asdict(_profile(step, options.steps, device, folder / name))
         del step  # before the next one is made
         torch.compiler.reset()
         options.figures.write_text(json.dumps({"profile": times}) + "\n", encoding="utf-8")
@@ -138,7 +138,9 @@ def _training_step(config: RunConfig, device: torch.device) -> Callable[[], obje
     return lambda: step(0, batch)
 
 
-def _profile(function: Callable[[], object], device: torch.device, out: Path) -> StepTimes:
+def _profile(
+    function: Callable[[], object], count: int, device: torch.device, out: Path
+) -> StepTimes:
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -147,13 +149,13 @@ def _profile(function: Callable[[], object], device: torch.device, out: Path) ->
         function()
     wait()
     hosts = []
-    for _ in range(STEPS):
+    for _ in range(count):
         started = time.perf_counter()
         function()
         hosts.append(time.perf_counter() - started)
         wait()
     ends = []
-    for _ in range(STEPS + 1):
+    for _ in range(count + 1):
         function()
         # The host may be a step ahead, as it is when it trains.
         ends.append(_end(device))

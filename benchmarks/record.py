@@ -89,7 +89,7 @@ def pieces(device: str, trial: bool, out: Path) -> Iterator[Piece]:
     profile = (python, "-m", "benchmarks.profile_step", str(out / "profile" / FIGURES))
     if trial:
         profile += ("--config", "deco-digits", "--ways", "reference", "fused")
-        profile += ("--set", "training.compile=false", "--batch", "2")
+        profile += ("--set", "training.compile=false", "--batch", "2", "--steps", "2")
     yield Piece("profile", (*profile, "--device", device), 240)
     batch = () if trial else ("--batch", "32")
     for precision in ("bf16", "fp32"):
