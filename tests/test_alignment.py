@@ -273,6 +273,7 @@ def test_a_stopped_run_resumes_bit_identically(
             assert torch.equal(value, moments[1][index][key]), key
 
 
+@pytest.mark.slow
 def test_features_are_kept_on_the_disk(
     tmp_path: Path,
     dinov2: str,

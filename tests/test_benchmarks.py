@@ -336,6 +336,7 @@ def run_comparison(monkeypatch: pytest.MonkeyPatch, fused: float) -> list[Compar
     return outcomes
 
 
+@pytest.mark.slow
 def test_a_comparison_relates_variants_to_baseline_and_floor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

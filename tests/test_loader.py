@@ -225,6 +225,7 @@ def test_workers_live_through_a_signal_to_all_processes(root: Path) -> None:
     wait_for_the_end_of(process.stdout)
 
 
+@pytest.mark.slow
 def test_a_sigterm_waits_for_a_worker_that_is_starting(tmp_path: Path) -> None:
     """Torch has one end the worker, from its first moment on until our settings are there."""
     file = tmp_path / "main.py"

@@ -93,6 +93,7 @@ def run(config: Path, folder: Path, *options: str) -> int:
     return train([f"--config={config}", "--device=cpu", f"--out={folder}", *options])
 
 
+@pytest.mark.slow
 def test_from_shards_to_a_picture(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +118,7 @@ def test_from_shards_to_a_picture(
     assert np.mean(white) - np.mean(black) > 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["false", "true"])
 def test_a_stopped_run_resumes_bit_identically(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recompute: str
@@ -142,6 +144,7 @@ def test_a_stopped_run_resumes_bit_identically(
     assert_identical(saved(tmp_path / "whole", 6), saved(tmp_path / "stopped", 6))
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_and_texts_with_loader_processes(config: Path, tmp_path: Path) -> None:
     for number, (caption, shade) in enumerate(SHADES.items()):
         write(tmp_path / f"own/{number}.png", encoded(shade, size=(50, 34)))

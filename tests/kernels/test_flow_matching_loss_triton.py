@@ -227,6 +227,7 @@ def test_what_is_launched_is_what_is_compiled_ahead_of_time(
     assert all(launch in launched for launch in stated)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(interpreter.INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
     interpreter.run_cases(__file__)
