@@ -11,9 +11,9 @@ it. Beside the figures lie, for each way, its kernels as a table and as a Chrome
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -29,9 +29,13 @@ from benchmarks.markdown import markdown_table
 from deco_fast import ops
 from deco_fast.alignment.dinov2 import DINOv2, random_dinov2
 from deco_fast.alignment.features import Features
+from deco_fast.cli.parser import CommandParser, one_of, whole_number
 from deco_fast.config import RunConfig, load_config
 from deco_fast.data.loader import Batch
-from deco_fast.training.distributed import Processes
+from deco_fast.errors import UserError, run_command
+from deco_fast.sampling.writers import check_writable
+from deco_fast.training.captured import can_capture
+from deco_fast.training.distributed import Processes, pick_device
 from deco_fast.training.step import TrainingStep
 
 WARM_UP = 5
@@ -64,7 +68,7 @@ class StepTimes:
     """Of one step, in seconds.
 
     Attributes:
-        step: from one step's end to the next one's, in a row of steps; median.
+        step: of a row of steps, for which the host may order ahead as it does in training; mean.
         host: until the last order is given, beginning with an idle GPU; median.
         gpu: the sum of the kernels' times.
         launches: kernels and copies on the GPU.
@@ -76,29 +80,44 @@ class StepTimes:
     launches: float
 
 
+@run_command
 def main(argv: list[str] | None = None) -> None:
-    """Profile every way that was asked for, one after the other; print and write a table."""
-    parser = argparse.ArgumentParser(
+    """Profile every way that was asked for, one after the other; print and write a table.
+
+    Raises:
+        UserError: a configuration is wrong, a way cannot be gone here, or the folder not written.
+    """
+    parser = CommandParser(
         prog="python -m benchmarks.profile_step",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("figures", type=Path)
-    parser.add_argument("--config", default="c2i_l_256")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
-    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS))
+    parser.add_argument("figures", type=Path, metavar="FIGURES.json")
+    parser.add_argument("--config", default="c2i_l_256", metavar="NAME|FILE")
+    parser.add_argument("--batch", type=whole_number(1), default=32)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--steps", type=whole_number(1), default=20, help="(default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", type=one_of(tuple(WAYS)), help="(default: all)")
     parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE")
     options = parser.parse_args(argv)
-    device = torch.device(options.device)
+    device = pick_device(options.device)
     folder = options.figures.parent
-    times: dict[str, dict[str, float]] = {}
-    for name in options.ways:
-        way = WAYS[name]
-        words = [f"--training.batch_size={options.batch}", *way.options]
+    check_writable(folder, "FIGURES.json:")
+    configs = {}
+    for name in options.ways or WAYS:
+        words = [f"--training.batch_size={options.batch}", *WAYS[name].options]
         config = load_config(options.config, [*words, *(f"--{word}" for word in options.set)])
-        with ops.use_backend(way.backend) if way.backend else nullcontext():
+        captured = config.training.cuda_graph
+        if captured and not can_capture(config.training, Processes(0, 1, device)):
+            if options.ways:
+                raise UserError(f"--ways {name}: a CUDA graph needs a GPU, leave it out here")
+            continue
+        configs[name] = config
+    folder.mkdir(parents=True, exist_ok=True)
+    times: dict[str, dict[str, float]] = {}
+    for name, config in configs.items():
+        backend = WAYS[name].backend
+        with ops.use_backend(backend) if backend else nullcontext():
             step = _training_step(config, device)
             times[name] = asdict(_profile(step, options.steps, device, folder / name))
         del step  # before the next one is made
@@ -154,13 +173,11 @@ def _profile(
         function()
         hosts.append(time.perf_counter() - started)
         wait()
-    ends = []
-    for _ in range(count + 1):
+    started = time.perf_counter()
+    for _ in range(count):
         function()
-        # The host may be a step ahead, as it is when it trains.
-        ends.append(_end(device))
     wait()
-    steps = [_between(*pair) for pair in itertools.pairwise(ends)]
+    step = (time.perf_counter() - started) / count
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -176,28 +193,12 @@ def _profile(
     kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
     gpu = sum(event.self_device_time_total for event in kernels) * 1e-6
     return StepTimes(
-        statistics.median(steps),
+        step,
         statistics.median(hosts),
         gpu / PROFILED_STEPS,
         len(kernels) / PROFILED_STEPS,
     )
 
 
-def _end(device: torch.device) -> torch.cuda.Event | float:
-    if device.type == "cpu":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _between(first: torch.cuda.Event | float, second: torch.cuda.Event | float) -> float:
-    if isinstance(first, float) or isinstance(second, float):
-        assert isinstance(first, float) and isinstance(second, float)
-        return second - first
-    milliseconds: float = first.elapsed_time(second)
-    return milliseconds * 1e-3
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

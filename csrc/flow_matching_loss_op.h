@@ -1,5 +1,4 @@
-// The loss on tensors: kernels/flow_matching_loss/cpu.py calls the first, kernels/registration.py
-// the second.
+// The loss on tensors: kernels/flow_matching_loss/cpu.py hands both on.
 #pragma once
 
 #include <ATen/core/Tensor.h>

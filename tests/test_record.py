@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import readme, record
+from benchmarks import profile_step, readme, record
 from benchmarks.record import FIGURES, Piece, describe, gather, main, passed, pieces, run_piece
 
 FIGURE = {
@@ -114,6 +114,24 @@ def test_every_piece_names_what_exists(device: str, trial: bool, tmp_path: Path)
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), "--device", "cpu", "--only", "lunch"]) == 2
     assert "--only lunch: there is no such piece; choose install" in capsys.readouterr().err
+
+
+def test_what_cannot_be_profiled_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "figures.json")
+    (tmp_path / "file").write_text("kept")
+    for message, arguments in {
+        "unknown configuration 'c2i_l'": [out, "--config", "c2i_l"],
+        "--ways graph: a CUDA graph needs a GPU": [out, "--ways", "graph"],
+        "unknown key 'training.step'": [out, "--set", "training.step=3"],
+        "--steps": [out, "--steps", "0"],
+        "is a file": [str(tmp_path / "file" / "figures.json")],
+    }.items():
+        assert profile_step.main([*arguments, "--device", "cpu"]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and message in error
+    assert (tmp_path / "file").read_text() == "kept" and not (tmp_path / "figures.json").exists()
 
 
 @pytest.mark.slow

@@ -77,11 +77,11 @@ def _write_configs(runs: list[PlannedRun], folder: Path) -> int:
     check_writable(folder, "--write-configs")
     texts = {folder / f"{planned.name}.yaml": planned.config.to_yaml() for planned in runs}
     for file, text in texts.items():
-        if file.exists() and file.read_text(encoding="utf-8") != text:
+        if file.is_file() and file.read_bytes() != text.encode():
             raise UserError(f"{file} is there and says something else: choose another folder")
     for file, text in texts.items():
         with atomic_file(file) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(text.encode())
         print(file)
     return 0
 

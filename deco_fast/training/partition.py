@@ -35,7 +35,10 @@ _SWIGLU = {
 
 
 class RecomputeCheapInputs(CustomGraphPass):
-    """Marks what products take and the backward pass is to compute again.
+    """Marks what products take, and what the backward pass is to compute again for its own.
+
+    That is what casts, views and joins alone make of the graph's inputs, and what silu and
+    multiplication make of products' results.
 
     For torch.compile(options={"joint_custom_post_pass": RecomputeCheapInputs()}): the pass sees
     forward and backward as one graph, before it is parted.
