@@ -349,6 +349,14 @@ float sum_of(const Row& row) {
   return sum;
 }
 
+constexpr int kToRead = 0, kToWrite = 1;
+
+template <int use, class T>
+DECO_INLINE void prefetch_next(T* place) {
+  constexpr int kCacheLine = 64;
+  __builtin_prefetch(place + kCacheLine / sizeof(T), use);
+}
+
 // A tile of whole groups, straight from memory to memory.
 template <bool with_gradient, class Prediction, class Target>
 void run_whole(const FlowMatchingLoss& loss, const Tile& tile, const Weights& weights,
@@ -364,13 +372,15 @@ void run_whole(const FlowMatchingLoss& loss, const Tile& tile, const Weights& we
         weights, scales, sums,
         [&](int colour, int row) DECO_LAMBDA {
           const int64_t offset = colour * plane + row * loss.width;
-          // The next group: the processor follows too few of the 48 rows by itself.
-          __builtin_prefetch(prediction + offset + kRow);
-          __builtin_prefetch(target + offset + kRow);
+          // The processor follows too few of the 72 rows by itself.
+          prefetch_next<kToRead>(prediction + offset);
+          prefetch_next<kToRead>(target + offset);
           return load_row(prediction + offset) - load_row(target + offset);
         },
         [&](int colour, int row, const Row& value) DECO_LAMBDA {
-          store_row(gradient + colour * plane + row * loss.width, value);
+          auto* to = gradient + colour * plane + row * loss.width;
+          prefetch_next<kToWrite>(to);
+          store_row(to, value);
         });
   }
   partials[0] = sum_of(sums.squares);
