@@ -24,11 +24,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.encoder import random_features
 from benchmarks.inputs import normal, randomize
 from benchmarks.markdown import markdown_table
 from deco_fast import ops
-from deco_fast.alignment.dinov2 import DINOv2, random_dinov2
-from deco_fast.alignment.features import Features
 from deco_fast.cli.parser import CommandParser, one_of, whole_number
 from deco_fast.config import RunConfig, load_config
 from deco_fast.data.loader import Batch
@@ -146,7 +145,7 @@ def _training_step(config: RunConfig, device: torch.device) -> Callable[[], obje
     """A step as `train.py` makes it, on a batch that is there."""
     features = None
     if config.alignment.enabled:
-        features = Features(DINOv2(random_dinov2()).to(device))
+        features = random_features(device, config.training.precision)
     step = TrainingStep(config, Processes(0, 1, device), features)
     randomize(step.model)
     step.prepare()

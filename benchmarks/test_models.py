@@ -18,6 +18,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from benchmarks.comparison import MAX_ROUNDS, MIN_ROUNDS
+from benchmarks.encoder import random_features
 from benchmarks.inputs import normal, randomize
 from benchmarks.machine import Machine
 from benchmarks.memory import available_memory, peak_memory
@@ -25,8 +26,6 @@ from benchmarks.models import MODELS, STEPS, Model, ModelFigures, ModelTable
 from benchmarks.settings import Settings
 from benchmarks.timing import Turns
 from benchmarks.work import FLOAT32_BYTES, Images, encoder_flops, parameter_count, training_work
-from deco_fast.alignment.dinov2 import DINOv2, random_dinov2
-from deco_fast.alignment.features import Features
 from deco_fast.config import RunConfig
 from deco_fast.data.loader import Batch
 from deco_fast.models.build import build_network
@@ -124,7 +123,7 @@ class _Subject:
         images = Images(training.batch_size, data.height, data.width)
         features, encoder_work = None, 0
         if config.alignment.enabled:
-            features = Features(DINOv2(random_dinov2()).to(device))
+            features = random_features(device, training.precision)
             features.compile()
             encoder_work = encoder_flops(images)
         work = training_work(config.model, images, encoder_work)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.comparison import Compare, Subject
+from benchmarks.encoder import random_features
 from benchmarks.inputs import randomize
 from benchmarks.machine import Machine
 from benchmarks.settings import Settings
@@ -27,7 +28,6 @@ from benchmarks.work import (
     parameter_count,
     training_work,
 )
-from deco_fast.alignment.dinov2 import DINOv2, random_dinov2
 from deco_fast.alignment.features import Features
 from deco_fast.config import RunConfig
 from deco_fast.data import DigitsDataset, EpochBatches, FolderImages, ImageDataset, read_batches
@@ -135,7 +135,7 @@ def test_training_step(
         if not aligned:
             return None
         if not compiled:
-            return Features(DINOv2(random_dinov2()).to(device))
+            return random_features(device, "bf16" if precision.autocast else "fp32")
         eager = encoder(False)
         assert eager is not None
         return Features(torch.compile(eager.encoder, dynamic=False))  # type: ignore[arg-type]

@@ -111,14 +111,16 @@ def tolerances(case: Case, expected: list[Tensor]) -> list[float]:
 
     Of bfloat16 the operands of the products are rounded. Through six blocks, or where few pixels
     average it out, that adds up to more than 1%; the reference in bfloat16, which rounds all else
-    too, is then the measure.
+    too, is then the measure. The kernels' error is two thirds of its on average, but of a sum over
+    few pixels each has its own, and one in 400 is up to 8% above the reference's (these roundings
+    in float64, over 8 seeds of `SHAPES`).
     """
     tolerance = TOLERANCE[case.tokens.dtype]
     if case.tokens.dtype != torch.bfloat16:
         return [tolerance] * len(expected)
     velocity, grads = case.expected(torch.bfloat16)
     errors = map(relative_error, (velocity, *grads), expected)
-    return [max(tolerance, error) for error in errors]
+    return [max(tolerance, 1.25 * error) for error in errors]
 
 
 @pytest.fixture
