@@ -217,6 +217,25 @@ def test_gradient_accumulation_is_the_same_step() -> None:
         assert error < 1e-4, name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_step_is_ordered_without_waiting_for_the_gpu(compiled: bool) -> None:
+    """The host can then order the next step while the GPU works at this one."""
+    config = tiny_config(f"--training.compile={str(compiled).lower()}")
+    processes = Processes(0, 1, torch.device("cuda", 0))
+    training = TrainingStep(config, processes)
+    training.prepare()
+    batches = Batches(open_dataset(config), config, processes, 0)
+    for step in range(3):  # compilation and libraries may wait at first
+        training(step, next(batches))
+    batch = next(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training(3, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_dry_run_prints_the_cost_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
