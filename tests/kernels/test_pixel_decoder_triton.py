@@ -28,7 +28,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 
 # channels, blocks, patch size, batch, rows and columns of patches
 SHAPES = [
-    pytest.param((32, 3, 16, 1, 1, 1), id="DeCo-XL"),
+    pytest.param((32, 3, 16, 2, 1, 1), id="DeCo-XL"),
     pytest.param((16, 2, 1, 2, 5, 7), id="one pixel per patch, an odd number of them"),
     pytest.param((16, 6, 2, 3, 3, 5), id="most blocks"),
     pytest.param((64, 1, 4, 1, 3, 3), id="most channels, one block"),
@@ -111,16 +111,14 @@ def tolerances(case: Case, expected: list[Tensor]) -> list[float]:
 
     Of bfloat16 the operands of the products are rounded. Through six blocks, or where few pixels
     average it out, that adds up to more than 1%; the reference in bfloat16, which rounds all else
-    too, is then the measure. The kernels' error is two thirds of its on average, but of a sum over
-    few pixels each has its own, and one in 400 is up to 8% above the reference's (these roundings
-    in float64, over 8 seeds of `SHAPES`).
+    too, is then the measure.
     """
     tolerance = TOLERANCE[case.tokens.dtype]
     if case.tokens.dtype != torch.bfloat16:
         return [tolerance] * len(expected)
     velocity, grads = case.expected(torch.bfloat16)
     errors = map(relative_error, (velocity, *grads), expected)
-    return [max(tolerance, 1.25 * error) for error in errors]
+    return [max(tolerance, error) for error in errors]
 
 
 @pytest.fixture
@@ -169,7 +167,7 @@ class TestAgainstTheReference:
         monkeypatch.setattr(gpu, "_choose", lambda *args: candidates(args[3])[candidate])
         self.check(Case(16, 2, 8, 1, 1, 3, torch.float32))
 
-    @pytest.mark.parametrize("shape", SHAPES[1:3])
+    @pytest.mark.parametrize("shape", SHAPES[:3])
     def test_lean(self, shape: tuple[int, ...]) -> None:
         self.check(Case(*shape, torch.float32), keep_inputs=False)
 
