@@ -65,11 +65,11 @@ def draw_step(
     prefixes = torch.rand(2, batch_size, generator=generator)
     own = slice(places.start, places.stop)
     shape = (config.model.in_channels, config.data.height, config.data.width)
-    times = torch.stack((t[own], u[own]))
+    drawn = torch.stack((t[own], u[own]))
     if device.type == "cuda":
         # From other memory the copy would wait for all that the GPU still has to do.
-        times = times.pin_memory()
-    t, u_there = times.to(device, non_blocking=True)
+        drawn = drawn.pin_memory()
+    t, u_on_device = drawn.to(device, non_blocking=True)
     noise = torch.empty(len(places), *shape, device=device)
     generator = torch.Generator(device)
     for image, seed in zip(noise, sample_seeds[own], strict=True):
@@ -78,7 +78,7 @@ def draw_step(
     if isinstance(labels, Tensor):
         assert isinstance(config.model, ClassConfig)
         null = config.model.num_classes
-        y = drop_labels(labels, null, flow.null_probability, u=u_there)
+        y = drop_labels(labels, null, flow.null_probability, u=u_on_device)
     else:
         captions = prefix_captions(labels, config.text.prefix_probability, *prefixes[:, own])
         y = drop_captions(captions, flow.null_probability, u[own])

@@ -156,8 +156,8 @@ class TestAgainstTheReference:
     def test_several_shares_of_the_pixels(
         self, blocks: int, keep_inputs: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(gpu, "PIXELS_AT_A_TIME", 64)
-        self.check(Case(16, blocks, 8, 1, 1, 3, torch.float32), keep_inputs)
+        monkeypatch.setattr(gpu, "PIXELS_AT_A_TIME", 256)
+        self.check(Case(16, blocks, 8, 1, 3, 3, torch.float32), keep_inputs)
 
     @pytest.mark.parametrize("candidate", [1, -1])
     def test_other_tiles_than_the_tables(
@@ -165,7 +165,7 @@ class TestAgainstTheReference:
     ) -> None:
         """What DECO_AUTOTUNE may choose."""
         monkeypatch.setattr(gpu, "_choose", lambda *args: candidates(args[3])[candidate])
-        self.check(Case(16, 2, 8, 1, 1, 3, torch.float32))
+        self.check(Case(16, 2, 8, 1, 3, 3, torch.float32))
 
     @pytest.mark.parametrize("shape", SHAPES[:3])
     def test_lean(self, shape: tuple[int, ...]) -> None:
