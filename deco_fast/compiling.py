@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch._dynamo.exc import BackendCompilerFailed
-
 from deco_fast.errors import UserError
 
 
@@ -31,7 +29,12 @@ def explain_compile_errors(remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except BackendCompilerFailed as error:
+    except RuntimeError as error:
+        # Not at the top: a command that compiles nothing starts without torch's compiler.
+        from torch._dynamo.exc import BackendCompilerFailed
+
+        if not isinstance(error, BackendCompilerFailed):
+            raise
         reason = str(error.inner_exception).strip().splitlines()[0]
         raise UserError(
             f"torch.compile cannot compile here ({reason}): install a C++ compiler, or {remedy}"

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from deco_fast.checkpoint.format import BESIDE_SCHEME, PROJECTOR_FILE, TRAINING_FILE, Header
 from deco_fast.errors import UserError
-from deco_fast.models.build import build_network
+from deco_fast.models.build import empty_network
 from deco_fast.models.card import ModelCard
 from deco_fast.models.config import NetworkConfig
 from deco_fast.models.network import DeCoNetwork
@@ -61,8 +60,7 @@ class Source:
         Raises:
             UserError: the file's tensors are not the ones that it needs.
         """
-        with torch.device("meta"):
-            model = build_network(self.config, self.card)
+        model = empty_network(self.config, self.card)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         missing = [self.name_in_file(name) for name in expected if name not in self.shapes]
         extra = [self.name_in_file(name) for name in self.shapes if name not in expected]

@@ -7,8 +7,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -53,6 +51,10 @@ class DigitsDataset(Dataset[tuple[Tensor, int]]):
             raise ValueError(f"split is {split!r}: choose 'train' or 'test'")
         if size < 8:
             raise ValueError(f"size is {size}: the digits have 8x8 pixels, choose 8 or more")
+        # Not at the top: scikit-learn takes seconds to import, and few commands draw on it.
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
         pixels, labels = load_digits(return_X_y=True)
         train, test = train_test_split(
             range(len(labels)),

@@ -7,7 +7,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -40,6 +39,9 @@ class PhotographCrops(Dataset[tuple[Tensor, int]]):
     damage = None
 
     def __init__(self, height: int = 32, width: int = 32) -> None:
+        # Not at the top: scikit-learn takes seconds to import, and few commands draw on it.
+        from sklearn.datasets import load_sample_image
+
         self.height, self.width = height, width
         self._photographs = torch.stack(
             [torch.from_numpy(np.array(load_sample_image(f"{name}.jpg"))) for name in NAMES]

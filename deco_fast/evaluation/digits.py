@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.svm import SVC
 from torch import Tensor
 
 from deco_fast.data.digits import DigitsDataset
@@ -106,6 +105,9 @@ class DigitsEvaluator:
         self.size = size
         self._train_images = to_uint8(train.images)
         self._train_values = _flat(self._train_images)
+        # Not at the top: scikit-learn takes seconds to import, and few commands draw on it.
+        from sklearn.svm import SVC
+
         self._classifier = SVC(C=3, kernel="rbf", gamma="scale")
         self._classifier.fit(_features(self._train_images), train.labels.numpy())
         held_out_images = to_uint8(held_out.images)

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deco_fast.checkpoint.atomic import atomic_folder
@@ -24,7 +23,7 @@ from deco_fast.checkpoint.save import save_weights
 from deco_fast.checkpoint.source import read_header
 from deco_fast.errors import UserError
 from deco_fast.interop.model_readme import model_readme
-from deco_fast.models.build import build_network
+from deco_fast.models.build import empty_network
 from deco_fast.models.card import ModelCard
 from deco_fast.models.config import NetworkConfig
 
@@ -84,8 +83,7 @@ def write_model_folder(
             temporary / weights_file(weights), tensors, card, weights=weights, config=config
         )
         _write_json(temporary / CONFIG_FILE, _config(config, card))
-        with torch.device("meta"):
-            network = type(build_network(config))
+        network = type(empty_network(config))
         names = [network.__module__, network.__name__]
         _write_json(
             temporary / PIPELINE_FILE, {"_class_name": "DeCoPipeline", "transformer": names}

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from deco_fast.checkpoint.format import WEIGHTS
 from deco_fast.checkpoint.load import open_checkpoint
 from deco_fast.checkpoint.source import MissingWeightsError, Source
 from deco_fast.errors import UserError
-from deco_fast.models.build import build_network
+from deco_fast.models.build import empty_network
 from deco_fast.models.config import NetworkConfig
 from deco_fast.training.parallel import set_weights
 from deco_fast.training.step import TrainingStep
@@ -79,8 +77,7 @@ def open_initial_weights(path: str | Path, config: NetworkConfig) -> InitialWeig
     model = sources.get("model", sources.get("ema"))
     ema = sources.get("ema", model)
     assert model is not None and ema is not None, "open_checkpoint refuses what holds neither"
-    with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in build_network(config).state_dict().items()}
+    expected = {name: tuple(t.shape) for name, t in empty_network(config).state_dict().items()}
     for source in {id(source): source for source in (model, ema)}.values():
         _compare(source, expected)
     return InitialWeights(str(path), model, ema)

@@ -16,7 +16,7 @@ import torch
 
 from deco_fast.config import RunConfig
 from deco_fast.errors import UserError
-from deco_fast.models.build import build_network
+from deco_fast.models.build import empty_network
 from deco_fast.models.config import ClassConfig
 from deco_fast.sampling.condition_table import Condition
 from deco_fast.sampling.engine import SamplingEngine
@@ -180,8 +180,7 @@ class Trainer:
         weights = state.whole_weights(self.training.ema.model, self.training)
         if not self.processes.is_main:
             return
-        with torch.device("meta"):
-            model = build_network(self.config.model, self.config.card()).eval()
+        model = empty_network(self.config.model, self.config.card()).eval()
         device = self.processes.device
         weights = {name: tensor.to(device) for name, tensor in weights.items()}
         model.load_state_dict(weights, assign=True)
