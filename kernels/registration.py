@@ -28,6 +28,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from deco_fast.kernels.autocast import without_autocast
+
 fused_ops: Final = torch.ops.deco_fast
 """What this file registers: `fused_ops.pixel_decoder(…)`."""
 
@@ -63,7 +65,7 @@ def _define(
             host = getattr(_host(op, device_type), function)
             if not torch.is_autocast_enabled(device_type):
                 return host(*arguments)
-            with torch.autocast(device_type, enabled=False):
+            with without_autocast(device_type):
                 return host(*arguments)
 
         torch.library.impl(f"deco_fast::{name}", device_type, implementation)

@@ -211,7 +211,7 @@ def test_a_run_of_it_is_read_written_and_estimated(config: ClassConfig) -> None:
     assert run.model == config
     prediction = "image" if config == NETWORKS["JiT"] else "velocity"
     assert run.card().prediction == prediction
-    found = estimate(run)
+    found = estimate(run).work
     assert found.parameters == sum(p.numel() for p in build_network(config).parameters())
     assert 0 < found.forward_flops < found.training_flops
 

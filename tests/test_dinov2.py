@@ -26,7 +26,7 @@ from deco_fast.alignment.dinov2 import DINOv2, random_dinov2
 from deco_fast.alignment.weights import load_dinov2
 from deco_fast.config import load_config
 from deco_fast.errors import UserError
-from deco_fast.training.estimate import estimate
+from deco_fast.training.work import count_work
 
 Array = NDArray[np.float64]
 
@@ -233,9 +233,9 @@ def test_the_estimate_counts_what_b14_computes() -> None:
     # The encoder's work does not depend on the network that it teaches.
     small = ["--model.depth=1", "--alignment.layer=1"]
     config = load_config("c2i_l_256", small)
-    assert estimate(config).encoder_flops == counter.get_total_flops()
+    assert count_work(config).encoder_flops == counter.get_total_flops()
     cached = load_config("c2i_l_256", [*small, "--alignment.cache=features"])
-    assert estimate(cached).encoder_flops == 0
+    assert count_work(cached).encoder_flops == 0
 
 
 @pytest.mark.slow

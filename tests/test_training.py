@@ -244,7 +244,7 @@ def test_dry_run_prints_the_cost_and_writes_nothing(
     out = capsys.readouterr().out
     assert "426,938,019" in out
     # 2 × (the products' weights × the tokens they meet), attention and decoder included.
-    assert "FLOPs per image     149.14 G forward, 497.47 G forward and backward" in out
+    assert "FLOPs per image     155.04 G forward, 515.19 G forward and backward" in out
     assert "of them 46.32 G in DINOv2-B; projector 2,886,400 parameters" in out
     assert "GiB" in out
     assert "frequency_weight: 1.0" in out

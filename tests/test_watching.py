@@ -15,10 +15,10 @@ from deco_fast.cli.train import main
 from deco_fast.config import load_config
 from deco_fast.training.batches import Batches, open_dataset
 from deco_fast.training.distributed import Processes
-from deco_fast.training.estimate import estimate
 from deco_fast.training.figures import Window
 from deco_fast.training.peaks import device_peak, peak_flops
 from deco_fast.training.step import TrainingStep
+from deco_fast.training.work import count_work
 
 CPU = Processes(0, 1, torch.device("cpu"))
 
@@ -45,7 +45,7 @@ def test_the_figures_of_a_run(tmp_path: Path) -> None:
     }
     assert all(len(values) == 2 for values in figures.values())
     # A processor's peak is not in the table: no MFU.
-    flops = estimate(load_config("deco-digits", TINY)).training_flops
+    flops = count_work(load_config("deco-digits", TINY)).training_flops
     for rate, teraflops in zip(
         figures["speed/images_per_second"], figures["speed/teraflops_per_second"], strict=True
     ):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from deco_fast.kernels.autocast import without_autocast
 
 
 class Projector(nn.Sequential):
@@ -45,6 +46,6 @@ def alignment_loss(projected: Tensor, features: Tensor) -> Tensor:
             f"projected tokens {tuple(projected.shape)} do not fit features "
             f"{tuple(features.shape)}: batch and channels must agree, and no token be missing"
         )
-    with torch.autocast(projected.device.type, enabled=False):
+    with without_autocast(projected.device.type):
         cosine = F.cosine_similarity(projected[:, :length].float(), features.float(), dim=-1)
         return 1 - cosine.mean()

@@ -20,7 +20,7 @@ from deco_fast.experiments.suite import (
 from deco_fast.experiments.table import FIGURE_FILES, MARKDOWN_FILE
 from deco_fast.sampling.writers import check_writable
 from deco_fast.training.distributed import join_processes
-from deco_fast.training.estimate import estimate
+from deco_fast.training.work import count_work
 
 
 def run(options: argparse.Namespace) -> int:
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _dry_run(runs: list[PlannedRun], folder: SuiteFolder) -> int:
     for planned in runs:
-        cost = estimate(planned.config)
+        work = count_work(planned.config)
         training = planned.config.training
         state = "to do"
         if folder.evaluation(planned.name).exists():
@@ -66,9 +66,9 @@ def _dry_run(runs: list[PlannedRun], folder: SuiteFolder) -> int:
         elif folder.run(planned).exists():
             state = "begun"
         print(
-            f"{planned.name:<40} {state:<9} {cost.parameters:>13,} parameters, "
+            f"{planned.name:<40} {state:<9} {work.parameters:>13,} parameters, "
             f"{training.steps:,} steps of {training.batch_size} images, "
-            f"{cost.training_flops / 1e9:,.2f} GFLOP each"
+            f"{work.training_flops / 1e9:,.2f} GFLOP each"
         )
     return 0
 

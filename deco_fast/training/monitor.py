@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from deco_fast.config import RunConfig
 from deco_fast.errors import UserError
-from deco_fast.training.estimate import estimate
 from deco_fast.training.peaks import device_peak
+from deco_fast.training.work import count_work
 
 try:
     import resource
@@ -57,7 +57,7 @@ class Monitor:
         self._peak = device_peak(device, config.training.precision == "bf16")
         if enabled:
             # A process's share of a step, without what recomputation adds.
-            flops = estimate(config).training_flops * self.batch_size / world_size
+            flops = count_work(config).training_flops * self.batch_size / world_size
             self._step_flops = flops
             if config.output.wandb_project is not None:
                 self._wandb = _start_wandb(folder, config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +65,7 @@ class Objective(nn.Module):
             Scalars: "total", which is differentiable, then detached its terms.
         """
         noisy = interpolate(x, noise, t)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             if self.projector is None:
                 prediction = self.model(noisy, t, y)
             else:

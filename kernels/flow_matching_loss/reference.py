@@ -17,6 +17,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from deco_fast.kernels.autocast import without_autocast
+
 BLOCK = 8
 
 # Full-range JPEG (JFIF) conversion, rows Y, Cb, Cr, without the +128 offset of the chroma.
@@ -71,7 +73,7 @@ def flow_matching_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `deco_fast.losses.flow_matching_loss`; float32 inside whatever the inputs, also under
     autocast, which would otherwise run the transform in bf16 (specification D1)."""
-    with torch.autocast(prediction.device.type, enabled=False):
+    with without_autocast(prediction.device.type):
         dtype = torch.promote_types(prediction.dtype, torch.float32)
         difference = prediction.to(dtype) - target.to(dtype)
         squared = difference.square()
