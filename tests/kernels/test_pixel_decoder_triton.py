@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import interpreter
 import pytest
@@ -101,24 +101,38 @@ class Case:
         return velocity.detach(), list(grads)
 
 
+Results = list[Tensor]
+"""The velocity and every gradient of a case."""
+
+
 def relative_error(value: Tensor, expected: Tensor) -> float:
     """Root mean square of the error over that of what is expected."""
     return float((value.double() - expected).norm() / expected.norm())
 
 
-def tolerances(case: Case, expected: list[Tensor]) -> list[float]:
+def relative_errors(values: list[Results], expected: list[Results]) -> list[float]:
+    """That of each result over all cases, as if they were one."""
+    return [
+        relative_error(torch.stack(of_cases).double(), torch.stack(expected_of_cases))
+        for of_cases, expected_of_cases in zip(
+            zip(*values, strict=True), zip(*expected, strict=True), strict=True
+        )
+    ]
+
+
+def tolerances(cases: Sequence[Case], expected: list[Results]) -> list[float]:
     """The relative error that each result may have.
 
     Of bfloat16 the operands of the products are rounded. Through six blocks, or where few pixels
     average it out, that adds up to more than 1%; the reference in bfloat16, which rounds all else
     too, is then the measure.
     """
-    tolerance = TOLERANCE[case.tokens.dtype]
-    if case.tokens.dtype != torch.bfloat16:
-        return [tolerance] * len(expected)
-    velocity, grads = case.expected(torch.bfloat16)
-    errors = map(relative_error, (velocity, *grads), expected)
-    return [max(tolerance, error) for error in errors]
+    dtype = cases[0].tokens.dtype
+    tolerance = TOLERANCE[dtype]
+    if dtype != torch.bfloat16:
+        return [tolerance] * len(expected[0])
+    rounded = [[velocity, *grads] for velocity, grads in (case.expected(dtype) for case in cases)]
+    return [max(tolerance, error) for error in relative_errors(rounded, expected)]
 
 
 @pytest.fixture
@@ -134,22 +148,30 @@ class TestAgainstTheReference:
     __test__ = interpreter.KERNELS_RUN
     pytestmark = interpreter.MARKS
 
-    def check(self, case: Case, keep_inputs: bool = True) -> None:
-        expected_velocity, expected_grads = case.expected()
-        allowed = tolerances(case, [expected_velocity, *expected_grads])
-        velocity, kept = case.forward(keep_inputs)
-        grads = case.backward(kept)
-        assert velocity.dtype == case.tokens.dtype
-        assert relative_error(velocity, expected_velocity) <= allowed[0]
-        parameters = [case.x, case.tokens, *case.upsample, *case.small]
-        for i, (grad, expected) in enumerate(zip(grads, expected_grads, strict=True)):
-            assert (grad.dtype, grad.shape) == (parameters[i].dtype, parameters[i].shape)
-            assert relative_error(grad, expected) <= allowed[1 + i], i
+    def check(self, *cases: Case, keep_inputs: bool = True) -> None:
+        """Cases of the same shapes, whose errors are taken together."""
+        expected, results = [], []
+        for case in cases:
+            expected_velocity, expected_grads = case.expected()
+            expected.append([expected_velocity, *expected_grads])
+            velocity, kept = case.forward(keep_inputs)
+            grads = case.backward(kept)
+            results.append([velocity, *grads])
+            assert velocity.dtype == case.tokens.dtype
+            parameters = [case.x, case.tokens, *case.upsample, *case.small]
+            for grad, parameter in zip(grads, parameters, strict=True):
+                assert (grad.dtype, grad.shape) == (parameter.dtype, parameter.shape)
+        allowed = tolerances(cases, expected)
+        for i, error in enumerate(relative_errors(results, expected)):
+            assert error <= allowed[i], i
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("shape", SHAPES)
     def test_velocity_and_gradients(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.check(Case(*shape, dtype))
+        # Of so few pixels a gradient's error in bfloat16 is a draw of noise, as the reference's is;
+        # one draw says little about which of the two is larger.
+        draws = 8 if dtype == torch.bfloat16 else 1
+        self.check(*(Case(*shape, dtype) for _ in range(draws)))
 
     @pytest.mark.parametrize("keep_inputs", [False, True])
     @pytest.mark.parametrize("blocks", [1, 3])
@@ -157,7 +179,7 @@ class TestAgainstTheReference:
         self, blocks: int, keep_inputs: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(gpu, "PIXELS_AT_A_TIME", 256)
-        self.check(Case(16, blocks, 8, 1, 3, 3, torch.float32), keep_inputs)
+        self.check(Case(16, blocks, 8, 1, 3, 3, torch.float32), keep_inputs=keep_inputs)
 
     @pytest.mark.parametrize("candidate", [1, -1])
     def test_other_tiles_than_the_tables(
