@@ -74,7 +74,7 @@ class Machine:
     def _probe_gemm(self, size: int, dtype: torch.dtype) -> float:
         a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
         seconds = self._fastest(lambda: F.linear(a, b))
-        # torch hands fp32 products to MKL, which on AMD reaches a third of what oneDNN does.
+        # torch hands fp32 products to MKL, which on AMD has no AVX-512, as oneDNN has.
         # The operator is torch's own and private: only the other figure is sure to exist.
         onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
         if self.device.type == "cpu" and onednn is not None:

@@ -1,9 +1,14 @@
-"""What a GPU can do, as far as the choice of an implementation depends on it."""
+"""What a device can do, as far as the choice of an implementation depends on it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def has_avx512() -> bool:
+    """Whether torch and its libraries use AVX-512 here."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def is_foreign(tensor: Tensor) -> bool:

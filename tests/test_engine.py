@@ -237,8 +237,19 @@ class TestLayout:
         with ops.use_backend("reference"):
             assert not WeightLayout.best(cpu, torch.bfloat16, 1152).packed
 
+    def test_float32_is_packed_with_avx512_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("deco_fast.models.prepared.can_pack", lambda dtype: True)
+        for found in (False, True):
+            monkeypatch.setattr("deco_fast.models.prepared.has_avx512", lambda found=found: found)
+            layouts = [
+                WeightLayout.best(torch.device("cpu"), dtype, 1152)
+                for dtype in (torch.float32, torch.bfloat16)
+            ]
+            assert [layout.packed for layout in layouts] == [found, True]
+
     def test_three_products_are_torch_s_setting(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("deco_fast.models.prepared.can_pack", lambda dtype: True)
+        monkeypatch.setattr("deco_fast.models.prepared.has_avx512", lambda: True)
         cpu = torch.device("cpu")
         before = torch.get_float32_matmul_precision()
         try:
@@ -251,7 +262,8 @@ class TestLayout:
             torch.set_float32_matmul_precision(before)
 
     @pytest.mark.parametrize("precision", ["highest", "high"])
-    def test_packed_engine_agrees(self, precision: str) -> None:
+    def test_packed_engine_agrees(self, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("deco_fast.models.prepared.has_avx512", lambda: True)
         wide = replace(CONFIG, hidden_size=512, num_heads=8, depth=1)
         if not WeightLayout.best(torch.device("cpu"), torch.float32, 512).packed:
             pytest.skip("oneDNN has no block products for this processor")

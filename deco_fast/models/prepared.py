@@ -25,6 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from deco_fast import ops
+from deco_fast.kernels.capability import has_avx512
 from deco_fast.kernels.packed_linear.cpu import can_pack, interleave, pack, packed_linear
 from deco_fast.kernels.registry import is_allowed
 from deco_fast.kernels.swiglu.joined import MULTIPLE, fill, join
@@ -62,6 +63,9 @@ class WeightLayout:
             return cls(packed=False, halves=halves)
         allowed = torch.get_float32_matmul_precision() != "highest"
         three_products = dtype == torch.float32 and allowed and can_pack(torch.bfloat16)
+        if dtype == torch.float32 and not three_products and not has_avx512():
+            # With AVX2 alone the library's float32 products are faster by a sixth.
+            return cls(packed=False)
         return cls(packed=True, three_products=three_products)
 
 

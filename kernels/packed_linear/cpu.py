@@ -1,8 +1,8 @@
 """Linear layers on a CPU with weights packed once: oneDNN's block products, our ends of them.
 
 The library's `F.linear` reorders a bfloat16 weight at every call and, for float32, is MKL's, slow
-on AMD's processors. A packed weight is read as it lies, and bias, SwiGLU and rounding happen to a
-tile of sums before it leaves the cache (csrc/packed_linear_op.cpp).
+on AMD's processors with AVX-512. A packed weight is read as it lies, and bias, SwiGLU and rounding
+happen to a tile of sums before it leaves the cache (csrc/packed_linear_op.cpp).
 
 float32 products can be made of three in bfloat16, on a matrix unit at twice the rate of float32:
 w = w_high + w_low in 16 bits of mantissa, x likewise, the product of the two low parts left out.
