@@ -34,7 +34,7 @@ from benchmarks.variants import (
 from benchmarks.work import FLOAT32_BYTES, Images, parameter_count, sampling_work
 from deco_fast.conditioning.qwen3 import EncodeText
 from deco_fast.guidance import guide
-from deco_fast.models.build import build_network
+from deco_fast.models.build import build_network, empty_network
 from deco_fast.models.card import SamplingSettings
 from deco_fast.models.config import ClassConfig, DeCoT2IConfig, NetworkConfig
 from deco_fast.models.deco_t2i import DeCoT2I
@@ -176,8 +176,7 @@ def published_loop(
 
 def compiled_by_block(model: DeCoNetwork) -> DeCoNetwork:
     """The same weights in a model whose DiT blocks and decoder are compiled."""
-    with torch.device("meta"):
-        twin = build_network(model.config, model.card)
+    twin = empty_network(model.config, model.card)
     twin.load_state_dict(model.state_dict(), assign=True)
     refining = twin.text_blocks if isinstance(twin, DeCoT2I) else ()
     for part in (*refining, *twin.blocks, twin.decoder):

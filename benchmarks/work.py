@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deco_fast import ops
 from deco_fast.kernels.flow_matching_loss.reference import BLOCK
 from deco_fast.kernels.pixel_decoder.reference import POSITION_FEATURES
-from deco_fast.models.build import build_network
+from deco_fast.models.build import empty_network
 from deco_fast.models.config import (
     DeCoConfig,
     DeCoT2IConfig,
@@ -70,8 +70,7 @@ class Images:
 @cache
 def parameter_count(config: NetworkConfig, decoder_only: bool = False) -> int:
     """Parameters of a network, or of its decoder."""
-    with torch.device("meta"):
-        network = build_network(config)
+    network = empty_network(config)
     module = network.decoder if decoder_only else network
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -187,7 +186,7 @@ def counted_flops(config: NetworkConfig, images: Images, backward: bool) -> int:
     The gradient of the image is left out, as nobody asks for it.
     """
     with torch.device("meta"), ops.use_backend("reference"):
-        model = build_network(config)
+        model = empty_network(config)
         x = torch.zeros(images.batch, config.in_channels, images.height, images.width)
         t, y = torch.zeros(images.batch), torch.zeros(images.batch, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:

@@ -101,13 +101,13 @@ class DigitsEvaluator:
     """
 
     def __init__(self, size: int = 32) -> None:
+        # Not at the top: scikit-learn takes seconds to import, and few commands draw on it.
+        from sklearn.svm import SVC
+
         train, held_out = DigitsDataset("train", size), DigitsDataset("test", size)
         self.size = size
         self._train_images = to_uint8(train.images)
         self._train_values = _flat(self._train_images)
-        # Not at the top: scikit-learn takes seconds to import, and few commands draw on it.
-        from sklearn.svm import SVC
-
         self._classifier = SVC(C=3, kernel="rbf", gamma="scale")
         self._classifier.fit(_features(self._train_images), train.labels.numpy())
         held_out_images = to_uint8(held_out.images)

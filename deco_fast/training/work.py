@@ -107,7 +107,12 @@ def tokens_of(config: RunConfig) -> int:
 
 
 def empty_inputs(config: RunConfig, batch_size: int) -> tuple[Tensor, ...]:
-    """What `Objective` takes, of the run's shapes, on the default device."""
+    """What `Objective` takes, on the default device, in values that nobody may look at.
+
+    Returns:
+        Images (B, C, H, W); labels (B,) or text features (B, T, S); times (B,); noise like the
+        images; the encoder's features (B, L, 768).
+    """
     x = torch.empty(batch_size, config.model.in_channels, config.data.height, config.data.width)
     t, y = torch.zeros(batch_size), torch.zeros(batch_size, dtype=torch.int64)
     if isinstance(config.model, DeCoT2IConfig):

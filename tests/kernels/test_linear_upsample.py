@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+
 import pytest
 import torch
 
 from deco_fast.kernels.linear_upsample import cpu
+
+
+def test_mkl_multiplies_where_avx2_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever made the processor; with AVX-512 that decides."""
+    monkeypatch.setattr(cpu, "has_onednn", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "platform", "linux")
+    found = {}
+    for avx512, maker in itertools.product((False, True), ("GenuineIntel", "AuthenticAMD")):
+        monkeypatch.setattr(cpu, "has_avx512", lambda avx512=avx512: avx512)
+        monkeypatch.setattr(cpu.Path, "read_text", lambda path, maker=maker: maker)
+        found[avx512, maker] = cpu._prefers_onednn.__wrapped__()
+    assert [key for key, prefers in found.items() if prefers] == [(True, "AuthenticAMD")]
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(64, 6, 24), (5, 7, 3), (1, 1, 1)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import interpreter
 import pytest
@@ -85,7 +85,7 @@ class Case:
     def expected(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor]]:
         """By the reference in a dtype."""
         inputs = [
-            tensor.to(dtype).requires_grad_()
+            tensor.detach().to(dtype).requires_grad_()
             for tensor in (self.x, self.tokens, *self.upsample, *self.small)
         ]
         x, tokens, *upsample = inputs[:4]
@@ -101,38 +101,24 @@ class Case:
         return velocity.detach(), list(grads)
 
 
-Results = list[Tensor]
-"""The velocity and every gradient of a case."""
-
-
 def relative_error(value: Tensor, expected: Tensor) -> float:
     """Root mean square of the error over that of what is expected."""
     return float((value.double() - expected).norm() / expected.norm())
 
 
-def relative_errors(values: list[Results], expected: list[Results]) -> list[float]:
-    """That of each result over all cases, as if they were one."""
-    return [
-        relative_error(torch.stack(of_cases).double(), torch.stack(expected_of_cases))
-        for of_cases, expected_of_cases in zip(
-            zip(*values, strict=True), zip(*expected, strict=True), strict=True
-        )
-    ]
-
-
-def tolerances(cases: Sequence[Case], expected: list[Results]) -> list[float]:
+def tolerances(case: Case, expected: list[Tensor]) -> list[float]:
     """The relative error that each result may have.
 
     Of bfloat16 the operands of the products are rounded. Through six blocks, or where few pixels
     average it out, that adds up to more than 1%; the reference in bfloat16, which rounds all else
     too, is then the measure.
     """
-    dtype = cases[0].tokens.dtype
-    tolerance = TOLERANCE[dtype]
-    if dtype != torch.bfloat16:
-        return [tolerance] * len(expected[0])
-    rounded = [[velocity, *grads] for velocity, grads in (case.expected(dtype) for case in cases)]
-    return [max(tolerance, error) for error in relative_errors(rounded, expected)]
+    tolerance = TOLERANCE[case.tokens.dtype]
+    if case.tokens.dtype != torch.bfloat16:
+        return [tolerance] * len(expected)
+    velocity, grads = case.expected(torch.bfloat16)
+    errors = map(relative_error, (velocity, *grads), expected)
+    return [max(tolerance, error) for error in errors]
 
 
 @pytest.fixture
@@ -148,30 +134,42 @@ class TestAgainstTheReference:
     __test__ = interpreter.KERNELS_RUN
     pytestmark = interpreter.MARKS
 
-    def check(self, *cases: Case, keep_inputs: bool = True) -> None:
-        """Cases of the same shapes, whose errors are taken together."""
-        expected, results = [], []
-        for case in cases:
-            expected_velocity, expected_grads = case.expected()
-            expected.append([expected_velocity, *expected_grads])
-            velocity, kept = case.forward(keep_inputs)
-            grads = case.backward(kept)
-            results.append([velocity, *grads])
-            assert velocity.dtype == case.tokens.dtype
-            parameters = [case.x, case.tokens, *case.upsample, *case.small]
-            for grad, parameter in zip(grads, parameters, strict=True):
-                assert (grad.dtype, grad.shape) == (parameter.dtype, parameter.shape)
-        allowed = tolerances(cases, expected)
-        for i, error in enumerate(relative_errors(results, expected)):
-            assert error <= allowed[i], i
+    def check(self, case: Case, keep_inputs: bool = True) -> None:
+        expected_velocity, expected_grads = case.expected()
+        allowed = tolerances(case, [expected_velocity, *expected_grads])
+        velocity, kept = case.forward(keep_inputs)
+        grads = case.backward(kept)
+        assert velocity.dtype == case.tokens.dtype
+        assert relative_error(velocity, expected_velocity) <= allowed[0]
+        parameters = [case.x, case.tokens, *case.upsample, *case.small]
+        for i, (grad, expected) in enumerate(zip(grads, expected_grads, strict=True)):
+            assert (grad.dtype, grad.shape) == (parameters[i].dtype, parameters[i].shape)
+            assert relative_error(grad, expected) <= allowed[1 + i], i
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("shape", SHAPES)
     def test_velocity_and_gradients(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        # Of so few pixels a gradient's error in bfloat16 is a draw of noise, as the reference's is;
-        # one draw says little about which of the two is larger.
-        draws = 8 if dtype == torch.bfloat16 else 1
-        self.check(*(Case(*shape, dtype) for _ in range(draws)))
+        self.check(Case(*shape, dtype))
+
+    @pytest.mark.skipif(interpreter.INTERPRETED, reason="the interpreter's bfloat16 is wrong")
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_bfloat16_over_eight_draws(self, shape: tuple[int, ...]) -> None:
+        """Of few pixels the error in bfloat16 is a draw of noise, as the reference's is. Eight
+        draws as one tell a kernel that rounds more than the reference from one that was unlucky."""
+        draws = []
+        for _ in range(8):
+            case = Case(*shape, torch.bfloat16)
+            velocity, kept = case.forward()
+            fused = [velocity, *case.backward(kept)]
+            (exact, exact_grads), (rounded, rounded_grads) = map(
+                case.expected, (torch.float64, torch.bfloat16)
+            )
+            triples = zip(fused, [rounded, *rounded_grads], [exact, *exact_grads], strict=True)
+            draws.append(list(triples))
+        for i, results in enumerate(zip(*draws, strict=True)):
+            triton, reference, expected = map(torch.stack, zip(*results, strict=True))
+            allowed = max(TOLERANCE[torch.bfloat16], relative_error(reference, expected))
+            assert relative_error(triton, expected) <= allowed, i
 
     @pytest.mark.parametrize("keep_inputs", [False, True])
     @pytest.mark.parametrize("blocks", [1, 3])
@@ -179,7 +177,7 @@ class TestAgainstTheReference:
         self, blocks: int, keep_inputs: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(gpu, "PIXELS_AT_A_TIME", 256)
-        self.check(Case(16, blocks, 8, 1, 3, 3, torch.float32), keep_inputs=keep_inputs)
+        self.check(Case(16, blocks, 8, 1, 3, 3, torch.float32), keep_inputs)
 
     @pytest.mark.parametrize("candidate", [1, -1])
     def test_other_tiles_than_the_tables(
