@@ -1,13 +1,17 @@
-"""torch.compile for the commands: a cache that lasts, and a line where there is no compiler."""
+"""torch.compile as we use it: caches that last and are apart, a line where there is no compiler."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from deco_fast.errors import UserError
+
+_T = TypeVar("_T")
 
 
 def keep_compiled_code() -> None:
@@ -39,3 +43,25 @@ def explain_compile_errors(remedy: str) -> Iterator[None]:
         raise UserError(
             f"torch.compile cannot compile here ({reason}): install a C++ compiler, or {remedy}"
         ) from error
+
+
+def compile_apart(function: Callable[..., _T]) -> Callable[..., _T]:
+    """`torch.compile(function, fullgraph=True, dynamic=False)` with a cache of its own.
+
+    torch counts compilations by Python code, and gives up at the eighth of the same: a fifth engine
+    in a process, with its two graphs, would fail. So each gets a copy of the code, with which also
+    goes what was compiled of it.
+
+    Args:
+        function: a function or a bound method.
+    """
+    import torch  # whose compiler this brings along
+
+    plain = getattr(function, "__func__", function)
+    copy = types.FunctionType(
+        plain.__code__.replace(),
+        *(plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__),
+    )
+    copy.__kwdefaults__ = plain.__kwdefaults__
+    bound = types.MethodType(copy, function.__self__) if hasattr(function, "__self__") else copy
+    return torch.compile(bound, fullgraph=True, dynamic=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from deco_fast.errors import UserError
 from deco_fast.models import fp8
 from deco_fast.models.card import ModelCard, SamplingSettings
 from deco_fast.models.prepared import WeightLayout
+from deco_fast.sampling import condition_table
 from deco_fast.sampling.batch_size import default_batch_size, largest_batch_size
 from deco_fast.sampling.run import draw
 from deco_fast.solvers import SOLVERS, time_grid
@@ -169,6 +172,13 @@ class TestAgreement:
         assert (last.evaluation, last.t) == (engine.evaluations, 1.0)
         assert torch.equal(last.x, images)
 
+    def test_labels_may_be_elements_of_tensors(self) -> None:
+        engine, start = SamplingEngine(random_model(), batch_size=2), noise(2)
+        expected = engine(start, [1, 7])
+        labels = torch.tensor([1, 7])
+        assert torch.equal(engine(start, labels), expected)  # type: ignore[arg-type]
+        assert torch.equal(engine(start, labels.numpy()), expected)  # type: ignore[arg-type]
+
     def test_images_can_be_used_in_training(self) -> None:
         images = SamplingEngine(random_model(), batch_size=1)(noise(1), [0])
         (images * torch.ones(1, requires_grad=True)).sum().backward()
@@ -221,6 +231,39 @@ class TestWork:
         engine = SamplingEngine(model, replace(GUIDED, solver=solver, steps=steps), batch_size=1)
         engine(noise(1), [0])
         assert len(calls) == engine.evaluations
+
+    @pytest.mark.parametrize("depth", [2, 9], ids=["one graph", "block by block"])
+    def test_as_many_compiled_engines_as_one_likes(
+        self, depth: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """torch gives up at the eighth compilation of the same code."""
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        torch.compiler.reset()
+        model = random_model(replace(CONFIG, depth=depth))
+        for batch_size in range(1, 7):
+            engine = SamplingEngine(model, batch_size=batch_size, compile=True)
+            engine.warm_up()
+        start = noise(2)
+        assert error(engine(start, [1, 2]), plain(model, start, [1, 2], GUIDED)) < 1e-5
+
+    def test_a_batch_that_failed_leaves_nothing_behind(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine, start = SamplingEngine(random_model(), batch_size=2), noise(2)
+        expected = engine(start, [1, 2])
+        fold, calls = condition_table.fold_norms, []
+
+        def run_out(*arguments: Any) -> Tensor:
+            calls.append(arguments)
+            if len(calls) == CONFIG.depth:
+                raise torch.OutOfMemoryError("out of memory")
+            return fold(*arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(condition_table, "fold_norms", run_out)
+            with pytest.raises(torch.OutOfMemoryError):
+                engine(start, [3, 4])
+        assert torch.equal(engine(start, [1, 2]), expected)
 
 
 class TestLayout:

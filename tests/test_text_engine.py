@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from deco_fast import DeCo, DeCoConfig, DeCoT2I, DeCoT2IConfig, SamplingEngine, ops, sample
 from deco_fast.models.card import ModelCard, SamplingSettings
 from deco_fast.models.network import DeCoNetwork
+from deco_fast.models.prepared import WeightLayout
 from deco_fast.sampling import condition_table
 from deco_fast.sampling.run import draw
 
@@ -157,6 +159,43 @@ class TestAgreement:
         monkeypatch.setattr(condition_table, "_TOKENS_AT_ONCE", 4 * CONFIG.text_length)
         engine = SamplingEngine(model, batch_size=2, encode_text=Encoder())
         assert error(engine(start, PROMPTS[:2]), expected) < 1e-5
+
+    def test_a_batch_that_failed_leaves_nothing_behind(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, start = random_model(), noise(2)
+        row = CONFIG.depth * CONFIG.hidden_size * (6 + 3 * 2 * CONFIG.text_length) * 4
+        for evaluations in (4, GUIDED.steps):
+            engine = SamplingEngine(
+                model, batch_size=2, encode_text=Encoder(), table_bytes=row * evaluations
+            )
+            expected = engine(start, PROMPTS[:2])
+            prepare, calls = condition_table.prepared_text_keys_values, []
+
+            def run_out(*arguments: Any, prepare: Any = prepare, calls: Any = calls) -> Tensor:
+                calls.append(arguments)
+                if len(calls) == CONFIG.depth:
+                    raise torch.OutOfMemoryError("out of memory")
+                result: Tensor = prepare(*arguments)
+                return result
+
+            with monkeypatch.context() as patched:
+                patched.setattr(condition_table, "prepared_text_keys_values", run_out)
+                with pytest.raises(torch.OutOfMemoryError):
+                    engine(start, ["a bird", "a fish"])
+            assert torch.equal(engine(start, PROMPTS[:2]), expected)
+
+    def test_the_layout_is_that_of_when_the_engine_was_made(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Queries and keys must lie alike, whatever backend is forced when texts are prepared."""
+        model, start = random_model(), noise(2)
+        with monkeypatch.context() as patched:
+            layout = WeightLayout(packed=False, halves=False)
+            patched.setattr(WeightLayout, "best", staticmethod(lambda *_: layout))
+            engine = SamplingEngine(model, batch_size=2, encode_text=Encoder())
+        images = engine(start, PROMPTS[:2])
+        assert error(images, plain(model, start, PROMPTS[:2], GUIDED)) < 1e-5
 
     @pytest.mark.slow
     def test_compiled_block_by_block(self) -> None:

@@ -117,6 +117,8 @@ class ClassTable:
         """See `ConditionTable`."""
         if self._held == (start, tuple(conditions)):
             return
+        # A fill that fails half-way, out of memory or interrupted, leaves nothing that counts.
+        self._held = None
         table, *finals = self.tensors
         y = torch.tensor(conditions).to(table.device, non_blocking=True)
         temb = self.time_embedding[start : start + self.span, None]
@@ -153,6 +155,7 @@ class TextTable:
         times: (E,), of all evaluations of a run.
         max_prompts: distinct prompts that a call of `fill` may bring.
         max_bytes: of memory for the table; it then holds fewer evaluations at a time, at least one.
+        layout: of the blocks that read the table.
         encode_text: the text encoder.
     """
 
@@ -162,10 +165,12 @@ class TextTable:
         times: Tensor,
         max_prompts: int,
         max_bytes: int,
+        layout: WeightLayout,
         encode_text: EncodeText,
     ) -> None:
         config = model.config
         self._model = model
+        self._layout = layout
         self._encode_text = encode_text
         self.unconditional: Condition = ""
         self.time_embedding: Tensor = model.timestep_embedder(times)
@@ -193,16 +198,18 @@ class TextTable:
         prompts = tuple(conditions)
         if self._held == (start, prompts):
             return
+        # A fill that fails half-way, out of memory or interrupted, leaves nothing that counts.
+        self._held = None
         modulations, texts = self.tensors
         temb = self.time_embedding[start : start + self.span]
         if self._modulated != start:
+            self._modulated = None
             condition = F.silu(temb)
             for i, block in enumerate(self._model.blocks):
                 assert isinstance(block, JointBlock)
                 modulations[: len(temb), i] = fold_norms(block.modulation(condition), block)
             self._modulated = start
         features = self._encode(prompts)
-        layout = WeightLayout.best(temb.device, self._model.dtype, self._model.config.hidden_size)
         at_once = max(1, _TOKENS_AT_ONCE // (len(prompts) * self._model.config.text_length))
         for first in range(0, len(temb), at_once):
             some = temb[first : first + at_once]
@@ -213,7 +220,7 @@ class TextTable:
             )
             for i, block in enumerate(self._model.blocks):
                 assert isinstance(block, JointBlock)
-                keys_values = prepared_text_keys_values(text, block, layout)
+                keys_values = prepared_text_keys_values(text, block, self._layout)
                 keys_values = keys_values.unflatten(0, (len(some), -1))
                 texts[first : first + len(some), i, : len(prompts)] = keys_values
         self._held = start, prompts
@@ -254,6 +261,7 @@ def condition_table(
     times: Tensor,
     distinct: int,
     max_bytes: int,
+    layout: WeightLayout,
     encode_text: EncodeText | None,
 ) -> ConditionTable:
     """The table of a model, for batches of so many distinct conditions and one uncondition.
@@ -264,7 +272,7 @@ def condition_table(
     if isinstance(model, DeCoT2I):
         if encode_text is None:
             raise ValueError("a text model needs encode_text, see Qwen3TextEncoder")
-        return TextTable(model, times, distinct + 1, max_bytes, encode_text)
+        return TextTable(model, times, distinct + 1, max_bytes, layout, encode_text)
     assert isinstance(model, ClassConditional)
     if encode_text is not None:
         raise ValueError("encode_text is for a text model: this one draws from class labels")

@@ -10,12 +10,14 @@ answer.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from deco_fast.compiling import compile_apart
 from deco_fast.conditioning.qwen3 import EncodeText
 from deco_fast.guidance import guide
 from deco_fast.kernels.layout import patchify
@@ -35,6 +37,16 @@ TABLE_BYTES = 2**30
 # Up to so many blocks are compiled as one graph. Deeper models are compiled block by block, once
 # for all: one block takes seconds, 28 of them minutes.
 _ONE_GRAPH_DEPTH = 8
+
+
+def _plain(condition: Condition) -> Condition:
+    """A label may be any whole number, also an element of a tensor."""
+    return condition if isinstance(condition, str) else operator.index(condition)
+
+
+def _call(block: nn.Module, *arguments: Tensor) -> Tensor:
+    result: Tensor = block(*arguments)
+    return result
 
 
 class SamplingEngine:
@@ -106,24 +118,28 @@ class SamplingEngine:
         self._is_guided = any(e.guided for e in self._evaluations)
         self._state_dtype = torch.promote_types(model.dtype, torch.float32)
         self._compiled = compile
-        self._run_step, self._run_decode, self._run_move = self._step, self._decode, self._move
+        self._run_step, self._run_block = self._step, _call
+        self._run_decode, self._run_move = self._decode, self._move
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self._times = times = torch.tensor(
             [e.t for e in self._evaluations], dtype=self._state_dtype, device=self._device
         )
         self._distinct = min(distinct_conditions or batch_size, batch_size)
+        # Chosen once: the backend forced when the engine is made may be another than when it draws.
+        layout = WeightLayout.best(self._device, model.dtype, config.hidden_size)
         with torch.no_grad():
-            self._table = condition_table(model, times, self._distinct, table_bytes, encode_text)
-            self._prepare()
+            self._table = condition_table(
+                model, times, self._distinct, table_bytes, layout, encode_text
+            )
+            self._prepare(layout)
             if fp8:
                 to_fp8(self._blocks)
         if compile:
             self._compile()
 
-    def _prepare(self) -> None:
+    def _prepare(self, layout: WeightLayout) -> None:
         config, device = self.model.config, self._device
         _, height, width = self.image_shape
-        layout = WeightLayout.best(device, self.model.dtype, config.hidden_size)
         self._blocks = nn.ModuleList(
             PreparedBlock(cast(DiTBlock | JointBlock, block), layout) for block in self.model.blocks
         )
@@ -140,12 +156,11 @@ class SamplingEngine:
 
     def _compile(self) -> None:
         if self.model.config.depth <= _ONE_GRAPH_DEPTH:
-            self._run_step = torch.compile(self._step, fullgraph=True, dynamic=False)
+            self._run_step = compile_apart(self._step)
             return
-        for block in self._blocks:
-            block.compile(fullgraph=True, dynamic=False)
-        self._run_decode = torch.compile(self._decode, fullgraph=True, dynamic=False)
-        self._run_move = torch.compile(self._move, fullgraph=True, dynamic=False)
+        self._run_block = compile_apart(_call)
+        self._run_decode = compile_apart(self._decode)
+        self._run_move = compile_apart(self._move)
 
     def try_out(self) -> None:
         """Evaluate the model once for each number of inputs that a batch will bring.
@@ -237,6 +252,8 @@ class SamplingEngine:
         """
         if uncondition is None:
             uncondition = self._table.unconditional
+        conditions = [_plain(condition) for condition in conditions]
+        uncondition = _plain(uncondition)
         self._check(noise, [*conditions, uncondition])
         return self._states(noise, conditions, uncondition)
 
@@ -325,7 +342,7 @@ class SamplingEngine:
         model = self.model
         s = model.patch_embedder(patchify(x.to(model.dtype), model.config.patch_size))
         for block, condition in zip(self._blocks, conditions, strict=True):
-            s = block(s, self._rotary, *condition)
+            s = self._run_block(block, s, self._rotary, *condition)
         return self._run_decode(x, s, temb, t, *final)
 
     def _decode(self, x: Tensor, s: Tensor, temb: Tensor, t: Tensor, *final: Tensor) -> Tensor:
