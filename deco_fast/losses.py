@@ -98,4 +98,9 @@ def flow_matching_loss(
         )
     if tuple(table.shape) != (3, 8, 8):
         raise ValueError(f"table must be (3, 8, 8), not {tuple(table.shape)}")
+    if timestep_weight is not None and timestep_weight.shape != prediction.shape[:1]:
+        raise ValueError(
+            f"timestep_weight must be one number for each of {len(prediction)} images, not "
+            f"{tuple(timestep_weight.shape)}"
+        )
     return ops.flow_matching_loss(prediction, target, table, weight, timestep_weight)

@@ -38,7 +38,8 @@ def time_grid(steps: int, time_shift: float = 1.0, last_step: float | None = Non
     last_step = 1 / steps if last_step is None else last_step
     if not 0 < last_step <= 1:
         raise ValueError(f"last step must be in (0, 1], not {last_step}")
-    grid = torch.cat([torch.linspace(0, 1 - last_step, steps), torch.ones(1)])
+    grid = torch.linspace(0, 1 - last_step, steps, dtype=torch.float32)
+    grid = torch.cat([grid, grid.new_ones(1)])
     return shift_time(grid, time_shift).tolist()
 
 

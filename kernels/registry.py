@@ -143,11 +143,18 @@ def _check_name(backend: str, origin: str) -> None:
 
 
 def check_backend(*ops: str) -> None:
-    """Raise UserError if the forced backend does not exist or cannot compute one of these ops.
+    """Raise UserError if the forced backend does not exist or cannot compute one of these ops, or
+    if DECO_ISA names no instruction set of this processor.
 
-    Every call of an op checks this. A command does so before it begins, because under
-    `torch.compile` the error comes late and wrapped.
+    A command does so before it begins, because under `torch.compile` the error comes late and
+    wrapped.
     """
+    if extension_problem() is None:
+        instruction_set()
+    _check_forced(*ops)
+
+
+def _check_forced(*ops: str) -> None:
     if _forced is None:
         return
     _check_name(_forced, "DECO_BACKEND")
@@ -157,6 +164,20 @@ def check_backend(*ops: str) -> None:
                 f"backend '{_forced}' cannot compute {op}: {_absent[op][_forced]}; force "
                 "'reference', or unset DECO_BACKEND and let the device decide"
             )
+
+
+def instruction_set() -> str:
+    """What the C++ kernels use: the best that the processor has, or what DECO_ISA names.
+
+    Raises:
+        UserError: DECO_ISA names one that is not here.
+    """
+    from deco_fast import _C
+
+    try:
+        return _C.instruction_set()
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def is_forced() -> bool:
@@ -176,7 +197,7 @@ def backend_for(op: str, device_type: str) -> str:
         UserError: as `check_backend`, and if the forced backend does not run on this device.
     """
     if _forced is not None:
-        check_backend(op)
+        _check_forced(op)
         devices = _devices(_forced)
         if devices and device_type not in devices:
             raise UserError(

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 
 import deco_fast
+from deco_fast.cli.parser import CommandParser
 from deco_fast.errors import UserError, run_command
 from deco_fast.kernels.registry import (
     BACKENDS,
@@ -17,6 +18,7 @@ from deco_fast.kernels.registry import (
     backends,
     check_backend,
     extension_problem,
+    instruction_set,
     triton_problem,
 )
 
@@ -48,15 +50,6 @@ def _status_rows() -> Iterable[tuple[str, ...]]:
             yield op, backend, status[op][backend] or f"available{_used_on(op, backend)}"
 
 
-def _instruction_set() -> str:
-    from deco_fast import _C
-
-    try:
-        return _C.instruction_set()
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
 def _cuda_devices() -> str:
     if not torch.cuda.is_available():
         return "none"
@@ -71,18 +64,19 @@ def _machine_rows() -> Iterable[tuple[str, ...]]:
     yield "triton", triton_problem() or importlib.metadata.version("triton")
     yield "C++ extension", extension_problem() or "built"
     if extension_problem() is None:
-        yield "CPU instruction set", _instruction_set()
+        yield "CPU instruction set", instruction_set()
     yield "OpenMP threads", str(torch.get_num_threads())
     yield "CUDA devices", _cuda_devices()
 
 
 @run_command
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Print a table of every op and backend, and one of versions and hardware.
 
     Raises:
         UserError: DECO_BACKEND or DECO_ISA name something that is not here.
     """
+    CommandParser(prog="python -m deco_fast.ops", description=main.__doc__).parse_args(argv)
     print(_columns(_status_rows()), _columns(_machine_rows()), sep="\n\n", flush=True)
     check_backend(*OPS)
     return 0

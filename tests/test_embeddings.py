@@ -183,3 +183,13 @@ def test_rms_norm_takes_its_statistics_in_float32() -> None:
     y = norm.bfloat16()(x)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, norm.float()(x.float()).bfloat16())
+
+
+def test_the_default_dtype_changes_no_rotary_table() -> None:
+    expected = rotary_table(3, 5, 24)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        table = rotary_table(3, 5, 24)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert table.dtype == torch.float32 and torch.equal(table, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from scipy.fft import dct, dctn
 from torch import Tensor
 
-from deco_fast import flow_matching_loss, frequency_table
+from deco_fast import flow_matching_loss, frequency_table, ops
 from deco_fast.kernels.flow_matching_loss.reference import (
     RGB_TO_YCBCR,
     dct_matrix,
@@ -243,6 +244,15 @@ def test_a_table_of_a_wrong_shape_is_refused() -> None:
     images = torch.zeros(1, 3, 8, 8)
     with pytest.raises(ValueError, match=r"table must be \(3, 8, 8\), not \(8, 8\)"):
         flow_matching_loss(images, images, torch.ones(8, 8), 1.0)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_timestep_weights_of_a_wrong_shape_are_refused(backend: str | None) -> None:
+    images = torch.zeros(4, 3, 8, 8)
+    with ops.use_backend(backend) if backend else nullcontext():
+        for shape in ((1,), (4, 1), ()):
+            with pytest.raises(ValueError, match="one number for each of 4 images, not"):
+                flow_matching_loss(images, images, frequency_table(), 1.0, torch.ones(shape))
 
 
 def test_an_unknown_mode_is_answered_with_the_nearest() -> None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from deco_fast import ops
+from deco_fast.cli.sample import main as sample
+from deco_fast.cli.train import main as train
 from deco_fast.errors import UserError, nearest, run_command
 from deco_fast.kernels import registry, report
 from deco_fast.kernels.pixel_decoder.reference import (
@@ -192,7 +194,7 @@ class TestStaleExtension:
             assert "built from other sources" in absent[op]["cpp"]
 
     def test_the_report_names_the_remedy(self, capsys: pytest.CaptureFixture[str]) -> None:
-        report.main()
+        report.main([])
         (line,) = (
             line for line in capsys.readouterr().out.splitlines() if line.startswith("C++ ext")
         )
@@ -313,7 +315,7 @@ def test_the_report_says_what_the_forced_backend_lacks(
     for op in ("linear_upsample", "flow_matching_loss"):
         monkeypatch.setitem(registry._implementations[op], "triton", lambda *_: None)
     with ops.use_backend("triton"):
-        assert report.main() == 2
+        assert report.main([]) == 2
     output = capsys.readouterr()
     assert "no luck today" in output.out  # the table comes all the same
     assert output.err.startswith("error: backend 'triton' cannot compute pixel_decoder: no luck")
@@ -378,10 +380,27 @@ class TestInstructionSet:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         monkeypatch.setenv("DECO_ISA", "sse9")
-        assert report.main() == 2
+        assert report.main([]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: DECO_ISA: unknown instruction set 'sse9'")
         assert error.count("\n") == 1
+
+    def test_a_command_says_so_before_it_begins(
+        self,
+        extension: object,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setenv("DECO_ISA", "sse9")
+        for command in (sample, train):
+            assert command(["--device=cpu"]) == 2
+            error = capsys.readouterr().err
+            assert error.startswith("error: DECO_ISA: unknown instruction set 'sse9'")
+
+
+def test_the_report_takes_no_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["--nonsense"]) == 2
+    assert "error: unknown option '--nonsense'" in capsys.readouterr().err
 
 
 class TestRunCommand:
@@ -417,6 +436,27 @@ class TestRunCommand:
 
         assert main(["a", "b", "c"]) == 3
         assert main() == 0
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore."),
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."),
+            MemoryError(),
+        ],
+        ids=["GPU", "CPU", "Python"],
+    )
+    def test_too_little_memory_is_one_line(
+        self, error: Exception, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        @run_command
+        def main() -> int:
+            raise error
+
+        assert main() == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: out of memory (") and said.count("\n") == 1
+        assert said.endswith("choose smaller batches or images\n")
 
     def test_a_fault_of_ours_keeps_its_traceback(self) -> None:
         @run_command

@@ -56,10 +56,11 @@ def rotary_table(
     the same image at every resolution (B.4). A single row or column has position 0.
     """
     y, x = (
-        torch.linspace(0, end, count, device=device)
+        torch.linspace(0, end, count, device=device, dtype=torch.float32)
         for end, count in zip(extent, (height, width), strict=True)
     )
-    exponent = torch.arange(0, head_dim, 4, device=device)[: head_dim // 4] / head_dim
+    exponent = torch.arange(0, head_dim, 4, device=device, dtype=torch.float32)
+    exponent = exponent[: head_dim // 4] / head_dim
     frequency = 10000.0**-exponent
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
     place = torch.stack([grid_x, grid_y], dim=-1).reshape(-1, 1, 2)

@@ -25,10 +25,12 @@ def flow_matching_loss(
     """See `deco_fast.losses.flow_matching_loss`.
 
     Differentiable with respect to prediction and target. Left to the reference: float64, a table
-    or timestep weights that want a gradient, GPUs that are `is_foreign`, and all inside of
-    `torch.func` transforms.
+    or timestep weights that want a gradient, a target that wants a finer one than a bf16 prediction
+    keeps, GPUs that are `is_foreign`, and all inside of `torch.func` transforms.
     """
     learned = table.requires_grad or (timestep_weight is not None and timestep_weight.requires_grad)
+    coarse = registration.loss_gradient_dtype(prediction) == torch.bfloat16
+    learned |= target.requires_grad and coarse and target.dtype != torch.bfloat16
     known = prediction.dtype in _DTYPES and target.dtype in _DTYPES
     foreign = is_foreign(prediction)
     if foreign or learned or not known or registration.within_transform():

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from deco_fast.kernels.flow_matching_loss.reference import BLOCK, RGB_TO_YCBCR
 from deco_fast.kernels.registration import loss_gradient_dtype
+from deco_fast.kernels.shapes import expect
 from deco_fast.kernels.specialisation import Specialisation
 
 # The eight columns of 16 blocks are the columns of 128 threads.
@@ -273,8 +274,17 @@ def forward(
     timestep_weight: Tensor | None,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `deco_fast.kernels.registration`."""
+    """See `deco_fast.kernels.registration`.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
     batch, channels, height, width = prediction.shape
+    expect(prediction, (batch, 3, height, width), "prediction")
+    expect(target, prediction.shape, "target")
+    expect(table, (3, BLOCK, BLOCK), "table")
+    if timestep_weight is not None:
+        expect(timestep_weight, (batch,), "timestep_weight")
     rows, columns = triton.cdiv(height, BLOCK), triton.cdiv(width, BLOCK)
     blocks = batch * rows * columns
     programs = max(triton.cdiv(blocks, LOSS_LAUNCH["BLOCKS"]), 1)

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deco_fast.kernels.shapes import expect
 from deco_fast.kernels.specialisation import Specialisation
 
 TOKENS: Final = 8
@@ -144,8 +145,15 @@ def reduce_kernel(
 
 
 def forward(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """See `deco_fast.kernels.registration`."""
+    """See `deco_fast.kernels.registration`.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
     batch, tokens, width = x.shape
+    expect(weight, (width,), "weight")
+    expect(shift, (batch, 1, width), "shift")
+    expect(scale, (batch, 1, width), "scale")
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel() > 0:
         with torch.cuda.device_of(x):

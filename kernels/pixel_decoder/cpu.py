@@ -60,7 +60,7 @@ def backward(
         _C.pixel_decoder_backward(
             grad_velocity.float().contiguous(),
             x.float().contiguous(),
-            y.view(-1, rows.shape[0]),
+            y.view(upsample_bias.shape[0], rows.shape[0]),
             _kernel_weights(upsample_bias, small, patch_size, position),
             patch_size,
             need_x_grad,

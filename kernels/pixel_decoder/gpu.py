@@ -31,7 +31,9 @@ from deco_fast.kernels.pixel_decoder.gpu_kernels import (
     forward_kernel,
 )
 from deco_fast.kernels.pixel_decoder.gpu_tiles import Shape, Tile, candidates, fits_shared_memory
+from deco_fast.kernels.pixel_decoder.reference import POSITION_FEATURES
 from deco_fast.kernels.registration import block_inputs_shape
+from deco_fast.kernels.shapes import expect
 from deco_fast.kernels.specialisation import Specialisation
 
 PIXELS_AT_A_TIME = 2**20
@@ -155,6 +157,22 @@ def _shape(tokens: Tensor, small: Sequence[Tensor], patch_size: int) -> Shape:
     return shape
 
 
+def _check(
+    x: Tensor, tokens: Tensor, upsample_weight: Tensor, small: Sequence[Tensor], shape: Shape
+) -> None:
+    c, p = shape.channels, shape.patch_size
+    batch, _, width = tokens.shape
+    rows, columns = (side // p for side in x.shape[-2:])
+    expect(x, (batch, 3, rows * p, columns * p), "x")
+    expect(tokens, (batch, rows * columns, width), "tokens")
+    expect(upsample_weight, (p * p * c, width), "upsample_weight")
+    expected = [(c, 3 + POSITION_FEATURES), (c,), (c, c), (c,)]
+    expected += shape.blocks * [(c,), (c,), (3 * c, c), (3 * c,), (c, c), (c,), (c, c), (c,)]
+    expected += [(3, c), (3,)]
+    for i, (tensor, size) in enumerate(zip(small, expected, strict=True)):
+        expect(tensor, size, f"small parameter {i} of the decoder")
+
+
 def forward(
     x: Tensor,
     tokens: Tensor,
@@ -168,9 +186,11 @@ def forward(
     """See `deco_fast.kernels.registration`.
 
     Raises:
-        ValueError: a number of channels or blocks or a patch size that the kernels do not take.
+        ValueError: a number of channels or blocks or a patch size that the kernels do not take, or
+            shapes that do not fit.
     """
     shape = _shape(tokens, small, patch_size)
+    _check(x, tokens, upsample_weight, small, shape)
     dtype = tokens.dtype
     x = x.contiguous()
     y = F.linear(tokens, upsample_weight.to(dtype), upsample_bias.to(dtype)).flatten()

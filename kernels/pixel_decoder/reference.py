@@ -12,6 +12,7 @@ place inside the patch and its own condition y_i = upsample(token)_i (specificat
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -82,8 +83,9 @@ def pixel_position_features(
 
 
 def _product_features(patch_size: int, device: torch.device | None) -> Tensor:
-    place = torch.linspace(0, 1, patch_size, device=device)
-    frequency = torch.linspace(0, NUM_FREQUENCIES, NUM_FREQUENCIES, device=device)
+    linspace = functools.partial(torch.linspace, device=device, dtype=torch.float32)
+    place = linspace(0, 1, patch_size)
+    frequency = linspace(0, NUM_FREQUENCIES, NUM_FREQUENCIES)
     cosine_PF = torch.cos(math.pi * place[:, None] * frequency)
     damping_FF = 1 / (1 + frequency[:, None] * frequency)
     features = cosine_PF[None, :, :, None] * cosine_PF[:, None, None, :] * damping_FF
@@ -91,8 +93,8 @@ def _product_features(patch_size: int, device: torch.device | None) -> Tensor:
 
 
 def _axial_features(patch_size: int, device: torch.device | None) -> Tensor:
-    place = torch.linspace(0, patch_size, patch_size, device=device)
-    exponent = torch.arange(POSITION_FEATURES // 2, device=device) / (POSITION_FEATURES // 2)
+    place = torch.linspace(0, patch_size, patch_size, device=device, dtype=torch.float32)
+    exponent = torch.arange(POSITION_FEATURES // 2).to(place) / (POSITION_FEATURES // 2)
     cosine_PK = torch.cos(place[:, None] * 10000.0**-exponent)
     of_x = cosine_PK[None, :].expand(patch_size, -1, -1)
     of_y = cosine_PK[:, None].expand(-1, patch_size, -1)

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deco_fast.kernels.shapes import expect
 from deco_fast.kernels.specialisation import Specialisation
 
 LAUNCH: Final = {"ROWS": 32, "num_warps": 4, "num_stages": 1}
@@ -161,9 +162,16 @@ def _sizes(qkv: Tensor, weight: Tensor) -> tuple[int, int, int]:
 def forward(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rotary: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `deco_fast.kernels.registration`."""
+    """See `deco_fast.kernels.registration`.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
     head_size, heads, rows = _sizes(qkv, q_weight)
     batch, tokens, _ = qkv.shape
+    expect(qkv, (batch, tokens, 3 * heads * head_size), "qkv")
+    expect(k_weight, (head_size,), "k_weight")
+    expect(rotary, (tokens, head_size // 2, 2), "rotary")
     q, k, v = (qkv.new_empty((batch, tokens, heads, head_size)) for _ in range(3))
     if rows == 0:
         return q, k, v

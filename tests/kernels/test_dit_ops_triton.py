@@ -204,6 +204,32 @@ class TestBehaviour:
 
         assert all(map(torch.equal, gradients(), gradients()))
 
+    def test_shapes_that_do_not_fit_are_errors(self) -> None:
+        """The kernels go by pointers: they would read what is not ours."""
+        x, weight, modulation = normal(3, 5, 8), normal(8), normal(3, 1, 8)
+        with pytest.raises(ValueError, match=r"weight must be \(8,\), not \(4,\)"):
+            fused_ops.norm_modulate(x, weight[:4], modulation, modulation, EPS)
+        with pytest.raises(ValueError, match=r"shift must be \(3, 1, 8\), not \(3, 8\)"):
+            fused_ops.norm_modulate(x, weight, modulation[:, 0], modulation, EPS)
+        with pytest.raises(ValueError, match=r"scale must be \(3, 1, 8\), not \(1, 1, 8\)"):
+            fused_ops.norm_modulate(x, weight, modulation, modulation[:1], EPS)
+        qkv, head, rotary = normal(2, 6, 3 * 8), normal(4), rotary_table(2, 3, 4)
+        rotary = rotary.to(interpreter.DEVICE)
+        with pytest.raises(ValueError, match="rotary must be"):
+            fused_ops.qk_norm_rope(qkv, head, head, rotary[:5], EPS)
+        with pytest.raises(ValueError, match="k_weight must be"):
+            fused_ops.qk_norm_rope(qkv, head, head[:3], rotary, EPS)
+        with pytest.raises(ValueError, match="qkv must be"):
+            fused_ops.qk_norm_rope(qkv[..., :23], head, head, rotary, EPS)
+
+    @pytest.mark.parametrize("shape", [(1, 1, 8), (3, 5, 8), (1, 5, 8)], ids=str)
+    def test_other_modulations_than_one_for_each_image(self, shape: tuple[int, ...]) -> None:
+        x, weight, shift, scale = normal(3, 5, 8), normal(8), normal(*shape), normal(*shape)
+        with ops.use_backend("triton"):
+            y = ops.norm_modulate(x, weight, shift, scale, EPS)
+        expected = norm_reference.norm_modulate(x, weight, shift, scale, EPS)
+        assert relative_error(y, expected) < TOLERANCE[torch.float32]
+
     def test_a_second_derivative_is_a_clear_error(self) -> None:
         x, weight = normal(1, 3, 8).requires_grad_(), normal(8)
         shift, scale = normal(2, 1, 1, 8).unbind()

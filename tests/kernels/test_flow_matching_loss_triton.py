@@ -149,6 +149,19 @@ class TestLoss:
             (gradient,) = torch.autograd.grad(part, prediction, retain_graph=keep)
             assert relative_error(gradient, expected) < 1e-6
 
+    def test_shapes_that_do_not_fit_are_errors(self) -> None:
+        """The kernels go by pointers: they would read what is not ours."""
+        prediction, target = velocities(16, 24)
+        table, weights = frequency_table().to(DEVICE), torch.ones(3, device=DEVICE)
+        for wrong, message in (
+            ((prediction, target[..., 8:], table, 1.0), r"target must be \(3, 3, 16, 24\)"),
+            ((prediction[:, :1], target[:, :1], table, 1.0), r"prediction must be \(3, 3,"),
+            ((prediction, target, table[:1], 1.0), r"table must be \(3, 8, 8\)"),
+            ((prediction, target, table, 1.0, weights[:1]), r"timestep_weight must be \(3,\)"),
+        ):
+            with pytest.raises(ValueError, match=message), ops.use_backend("triton"):
+                ops.flow_matching_loss(*wrong)
+
     def test_no_difference_is_no_loss(self) -> None:
         prediction = velocities(16, 16)[0].detach()
         table = frequency_table().to(DEVICE)

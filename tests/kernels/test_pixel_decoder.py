@@ -270,6 +270,25 @@ def test_keeps_nothing_but_y_for_the_backward_pass(dtype: torch.dtype) -> None:
     assert sum(kept.values()) == pixels * shape.channels * dtype.itemsize
 
 
+def test_no_image() -> None:
+    case = Case(Shape(16, 1, 4, 0, 2, 2), torch.float32)
+    velocity, *grads = case.cpp()
+    assert velocity.shape == (0, 3, 8, 8)
+    assert [grad.shape for grad in grads] == [tensor.shape for tensor in case.inputs]
+    assert not any(grad.count_nonzero() for grad in grads)
+
+
+@pytest.mark.parametrize("position", ["product", "axial"])
+def test_the_default_dtype_changes_nothing(position: str) -> None:
+    expected = reference.pixel_position_features(4, kind=position)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        features = reference.pixel_position_features(4, kind=position)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert features.dtype == torch.float32 and torch.equal(features, expected)
+
+
 def test_other_widths_go_to_the_reference() -> None:
     case = Case(Shape(24, 1, 2, 1, 2, 3), torch.float32)
     for result, expected in zip(case.cpp(), case.expected(), strict=True):

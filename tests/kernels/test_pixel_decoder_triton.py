@@ -243,6 +243,22 @@ class TestBehaviour:
         assert velocity.shape == (0, 3, 8, 8)
         assert all(grad.count_nonzero() == 0 for grad in case.backward(kept))
 
+    def test_shapes_that_do_not_fit_are_errors(self) -> None:
+        """The kernels go by pointers: they would read what is not ours."""
+        for name, wrong in (
+            ("x", lambda case: case.x[..., :-1]),
+            ("tokens", lambda case: case.tokens[:, 1:]),
+            ("x", lambda case: case.x[1:]),
+        ):
+            case = Case(16, 1, 4, 2, 2, 3, torch.float32)
+            setattr(case, name, wrong(case))
+            with pytest.raises(ValueError, match=r"must be \(.*\), not"):
+                case.forward()
+        case = Case(16, 1, 4, 2, 2, 3, torch.float32)
+        case.small[6] = case.small[6][:32]
+        with pytest.raises(ValueError, match=r"parameter 6 .* must be \(48, 16\), not \(32, 16\)"):
+            case.forward()
+
     @pytest.mark.parametrize(
         ("channels", "blocks", "patch_size"), [(24, 1, 4), (16, 7, 4), (16, 1, 3)]
     )
