@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import sys
+import traceback
 from collections.abc import Callable, Iterable
-from typing import ParamSpec
+from typing import NoReturn, ParamSpec
 
 P = ParamSpec("P")
 
@@ -27,13 +29,39 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"; choose {', '.join(sorted(options))}"
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """By what torch calls it: its module need not be imported, and on a CPU it has no class."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
+def report(error: BaseException) -> int:
+    """Tell of what ends a command, on stderr, and return the status that it ends with.
+
+    A `UserError` is the line `error: …` and status 2, which is also what argparse gives for a wrong
+    option; an interrupt is 130 (128 + SIGINT). Any other exception is a fault of ours: its
+    traceback, and 1.
+    """
+    if isinstance(error, UserError):
+        # A message that quotes a library's own may carry its line breaks.
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    traceback.print_exception(error)
+    return 1
+
+
 def run_command(main: Callable[P, int | None]) -> Callable[P, int]:
     """Decorate a command's `main` so that it returns an exit status and never a traceback.
 
-    A `UserError` becomes the line `error: …` on stderr and status 2, which is also what
-    argparse gives for a wrong option; an interrupt becomes status 130 (128 + SIGINT). Any other
-    exception is a fault of ours and keeps its traceback. The console scripts and the scripts at
-    the root pass the returned status to `sys.exit`.
+    `report` says what becomes of a `UserError` and of an interrupt. Any other exception is a fault
+    of ours and is raised. The console scripts and the scripts at the root pass the returned status
+    to `sys.exit`.
 
     Example::
 
@@ -45,13 +73,17 @@ def run_command(main: Callable[P, int | None]) -> Callable[P, int]:
     def command(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             return main(*args, **kwargs) or 0
-        except UserError as error:
-            # A message that quotes a library's own may carry its line breaks.
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+        except (UserError, KeyboardInterrupt) as error:
+            return report(error)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return report(
+                UserError(
+                    f"out of memory ({str(error).strip().partition(chr(10))[0]}): choose smaller "
+                    "batches or images"
+                )
+            )
         except SystemExit as stop:
             # argparse leaves this way: 2 after a wrong option, 0 after --help.
             if isinstance(stop.code, str):
@@ -60,3 +92,21 @@ def run_command(main: Callable[P, int | None]) -> Callable[P, int]:
             return stop.code or 0
 
     return command
+
+
+def run_script(module: str) -> NoReturn:
+    """Import a command's module, call its `main`, and end the process with its status.
+
+    What a script at the root does: importing takes seconds, and an interrupt in them, or a package
+    that is not there, is told as any other.
+    """
+    try:
+        main = importlib.import_module(module).main
+    except KeyboardInterrupt as error:
+        sys.exit(report(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("deco_fast"):
+            raise
+        message = f"the package {error.name} is not installed: run make sample, or pip install -e ."
+        sys.exit(report(UserError(message)))
+    sys.exit(main())

@@ -26,9 +26,11 @@ from deco_fast.data.loader import Batch
 from deco_fast.flow import shift_time
 from deco_fast.models.config import NetworkConfig, PixelDiTConfig
 from deco_fast.training import step as step_module
+from deco_fast.training.batches import open_dataset
 from deco_fast.training.distributed import Processes
 from deco_fast.training.draws import Draws
 from deco_fast.training.step import TrainingStep
+from deco_fast.training.targets import open_features
 
 SINGLE = Processes(0, 1, torch.device("cpu"))
 
@@ -315,6 +317,25 @@ def test_features_are_kept_on_the_disk(
     assert len(list((tmp_path / "cache").iterdir())) == 2
     assert run(tmp_path / "fifth", 1, *options, "--alignment.cache_gib=0.001") == 2
     assert "more than alignment.cache_gib 0.001: raise it" in capsys.readouterr().err
+
+
+def test_other_pixels_of_the_same_files_have_another_cache(
+    tmp_path: Path, dinov2: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a text model's images the crop, and which of them are passed over, can be chosen."""
+    options = {"enabled": "true", "layer": "1", "encoder": dinov2, "cache": str(tmp_path)}
+    words = [f"--alignment.{key}={value}" for key, value in options.items()]
+    config = load_config("deco-digits", words)
+    dataset = open_dataset(config)
+    places = set()
+    for changes in ({}, {"crop": "bilinear"}, {"skip_small": True}, {"random_flip": True}):
+        data = config.data.model_copy(update=changes)
+        features = open_features(
+            config.model_copy(update={"data": data}), dataset, torch.device("cpu")
+        )
+        assert features.cache is not None
+        places.add(features.cache.path)
+    assert len(places) == 4
 
 
 def test_another_encoder_does_not_go_on_with_a_run(

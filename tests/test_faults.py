@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,10 @@ from deco_fast.config import load_config
 from deco_fast.data.digits import DigitsDataset
 from deco_fast.data.order import EpochBatches
 from deco_fast.errors import UserError
+from deco_fast.training import distributed, trainer
+from deco_fast.training.distributed import Processes
 from deco_fast.training.guard import LossGuard
+from deco_fast.training.interrupt import Interrupt, catch_interrupt
 from deco_fast.training.time_limit import TimeLimit, parse_duration
 
 ROOT = Path(__file__).parent.parent
@@ -139,6 +144,72 @@ def test_a_damaged_newest_checkpoint_costs_only_itself(
     assert_identical(whole, saved(folder, 5))
 
 
+def test_a_damaged_checkpoint_never_displaces_a_later_whole_one(tmp_path: Path) -> None:
+    """A run that went on at an earlier step keeps what it writes, not what it passed over."""
+    folder, keep = tmp_path / "run", "--output.keep_checkpoints=1"
+    constant = "--training.schedule=constant"
+    run(folder, 2, constant)
+    # Its files are whole in number and length, and not in their bytes.
+    damaged = shutil.copytree(
+        folder / "checkpoints" / "step-00000002", folder / "checkpoints" / "step-00000006"
+    )
+    content = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert run(folder, 10, keep, constant, "--max-time=0s") == 0
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
+        "step-00000003",
+        "step-00000006",
+    ]
+    assert run(folder, 10, keep, constant) == 0
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000010"]
+
+
+def test_a_grid_that_cannot_be_drawn_costs_nothing_but_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def draw(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB\nand so on")
+
+    monkeypatch.setattr(trainer, "draw", draw)
+    options = ["--output.sample_every=2", "--output.checkpoint_every=2"]
+    assert run(tmp_path / "run", 4, *options) == 0
+    captured = capsys.readouterr()
+    said = captured.out + captured.err  # where the bar is, its lines are
+    assert "no samples of step 2 (Tried to allocate 2.00 GiB): the training goes on" in said
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 2
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def add_scalar(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", add_scalar)
+    assert run(tmp_path / "run", 4) == 0
+    captured = capsys.readouterr()
+    said = captured.out + captured.err
+    assert said.count("TensorBoard's log cannot be written (No space left on device)") == 1
+
+
+def test_a_start_that_failed_does_not_stand_in_the_way_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+
+    def fsync(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fsync)
+        assert run(folder, 2) == 2
+    assert "(No space left on device): free some space" in capsys.readouterr().err
+    # As a kill at that moment leaves it.
+    (folder / ".config.yaml.tmp-0123abcd").write_text("output:")
+    assert run(folder, 2) == 0
+    assert not list(folder.glob(".*"))
+
+
 def test_without_a_whole_checkpoint_a_run_does_not_begin_anew(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,11 +251,87 @@ def test_durations() -> None:
 
 def test_a_time_limit_leaves_time_for_the_checkpoint() -> None:
     assert not TimeLimit(None, 1e9).is_near
-    assert TimeLimit(100, save_seconds=60).is_near
-    limit = TimeLimit(100, save_seconds=1)
+    in_100_seconds = time.monotonic() + 100
+    assert TimeLimit(in_100_seconds, save_seconds=60).is_near
+    limit = TimeLimit(in_100_seconds, save_seconds=1)
     assert not limit.is_near
     limit.saved(60)
     assert limit.is_near
+
+
+# Signals, and the end of one process among several
+
+
+def test_a_second_sigterm_does_not_end_a_run_that_is_saving() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with catch_interrupt() as interrupt:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.signal == signal.SIGTERM and interrupt.exit_status == 143
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_second_ctrl_c_is_not_held_back() -> None:
+    with pytest.raises(KeyboardInterrupt), catch_interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.signal == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "up", "stops", "status"),
+    [
+        (None, -1, False, False, 0),
+        (None, -1, True, True, 0),
+        (None, 0, False, True, 0),
+        (signal.SIGTERM, -1, False, True, 143),
+        (None, int(signal.SIGTERM), False, True, 143),
+        (None, int(signal.SIGTERM), True, True, 143),
+    ],
+)
+def test_processes_agree_on_why_they_stop(
+    own: signal.Signals | None, others: int, up: bool, stops: bool, status: int
+) -> None:
+    class Two(Processes):
+        def greatest(self, value: int) -> int:
+            return max(value, others)
+
+    interrupt = Interrupt()
+    interrupt.signal = own
+    assert interrupt.agree(Two(0, 2, torch.device("cpu")), up) is stops
+    assert interrupt.exit_status == status
+
+
+def test_an_error_among_gpus_ends_the_process_without_waiting_for_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To leave NCCL's group is to wait for processes that may wait for this one."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(status: int) -> None:
+        raise Ended(status)
+
+    left: list[bool] = []
+    monkeypatch.setattr(distributed, "pick_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed, "_fresh_store", lambda: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with distributed.join_processes("cuda") as processes:
+        assert processes.rank == 1
+    assert left == [True]
+    with pytest.raises(Ended) as ended, distributed.join_processes("cuda"):
+        raise UserError("a disk is full: free some space")
+    assert ended.value.args == (2,) and left == [True]
+    assert capsys.readouterr().err == "error: a disk is full: free some space\n"
 
 
 # A loss that is no number, or explodes
@@ -207,7 +354,7 @@ def test_a_loss_that_is_not_a_number_is_kept_to_be_looked_at(
     error = capsys.readouterr().err
     assert "the loss is nan at step 3" in error
     assert ", ".join(map(str, third)) in error
-    assert "lower training.learning_rate" in error
+    assert "a lower training.learning_rate" in error
     assert error.count("error: ") == 1
     kept = folder / "failures" / "step-00000003"
     batch = load_file(kept / "batch-0.safetensors")
@@ -228,6 +375,48 @@ def test_an_exploding_learning_rate_ends_the_run(
 ) -> None:
     assert run(tmp_path / "run", 20, "--training.learning_rate=1e30") == 2
     assert "the loss is" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_after_an_explosion_with_what_the_message_advises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, every = tmp_path / "run", "--output.checkpoint_every=2"
+    check = LossGuard.check
+
+    def explode(self: LossGuard, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        check(self, loss * float("inf") if self._steps == 4 else loss, norm)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LossGuard, "check", explode)
+        assert run(folder, 8, every) == 2
+    error = capsys.readouterr().err
+    assert "at step 5" in error and "go on with the same command and a lower" in error
+    cautious = ["--training.learning_rate=1e-5", "--training.gradient_clipping=1.0"]
+    assert run(folder, 8, every, *cautious) == 0
+    out = capsys.readouterr().out
+    assert "at step 4 of 8" in out
+    assert "from here on training.learning_rate was 0.002, is 1e-05" in out
+    assert "from here on training.gradient_clipping was None, is 1.0" in out
+    assert run(folder, 8, every, *cautious, "--training.ema_decay=0.5") == 2
+    assert "another configuration (training.ema_decay was" in capsys.readouterr().err
+
+
+def test_a_finished_run_can_be_given_more_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    constant = "--training.schedule=constant"
+    assert run(tmp_path / "whole", 6, constant) == 0
+    assert run(tmp_path / "run", 3, constant) == 0
+    capsys.readouterr()
+    assert run(tmp_path / "run", 6, constant) == 0
+    assert "from here on training.steps was 3, is 6" in capsys.readouterr().out
+    assert_identical(saved(tmp_path / "whole", 6), saved(tmp_path / "run", 6))
+    assert run(tmp_path / "run", 6, constant) == 0
+    assert "has finished all 6 steps" in capsys.readouterr().out
+    # Where the learning rate falls towards the end, it would not have been the same run.
+    assert run(tmp_path / "cosine", 3, "--training.schedule=cosine") == 0
+    assert run(tmp_path / "cosine", 6, "--training.schedule=cosine") == 2
+    assert "training.steps was 3, is 6" in capsys.readouterr().err
 
 
 def test_the_guard_stops_updates_on_the_device() -> None:

@@ -337,6 +337,16 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
+def test_shards_do_not_go_among_the_images(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(folder.rglob("*"))
+    for out in (folder, folder / "shards", folder / ".." / folder.name / "a" / "b"):
+        assert main(["pack", str(folder), str(out)]) == 2
+        assert "itself: choose another folder for the shards" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_packed_shards_hold_the_folder(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["pack", str(folder), str(out), "--images-per-shard", "4"]) == 0
@@ -389,7 +399,9 @@ def test_packing_refuses_what_it_would_spoil(
     assert "with other options" in error(folder, out, "--images-per-shard", "3")
     (folder / "cat/new.png").write_bytes(encoded(0))
     assert "of other images" in error(folder, out)
-    assert "is not empty" in error(folder, folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("")
+    assert "is not empty" in error(folder, tmp_path / "other")
     assert "does not exist" in error(folder / "missing", out)
     assert "--images-per-shard" in error(folder, out, "--images-per-shard", "0")
 

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from deco_fast.checkpoint import load_checkpoint, load_training_state
 from deco_fast.checkpoint import save as checkpoint_save
+from deco_fast.checkpoint.lock import alone_in
 from deco_fast.cli.train import main
 from deco_fast.config import RunConfig, load_config
 from deco_fast.data.loader import Batch
@@ -187,13 +188,29 @@ def test_a_changed_configuration_is_refused_by_name(
     run(folder, 2)
     before = saved(folder, 2)
     capsys.readouterr()
-    assert run(folder, 2, "--training.learning_rate=1e-5", "--loss.quality=50") == 2
+    assert run(folder, 2, "--training.ema_decay=0.5", "--loss.quality=50") == 2
     error = capsys.readouterr().err
-    assert "training.learning_rate was 0.002, is 1e-05" in error
+    assert "training.ema_decay was 0.995, is 0.5" in error
     assert "loss.quality was 85, is 50" in error
     assert error.count("\n") == 1
     assert_identical(before, saved(folder, 2))
     assert run(folder, 2, "--output.log_every=1") == 0
+
+
+def test_two_commands_do_not_train_in_one_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    constant = "--training.schedule=constant"
+    assert run(folder, 2, constant) == 0
+    before = saved(folder, 2)
+    with alone_in(folder):
+        assert run(folder, 4, constant) == 2
+        assert f"error: {folder} is in use by another program" in capsys.readouterr().err
+        with alone_in(tmp_path):  # another folder is another matter
+            pass
+    assert_identical(before, saved(folder, 2))
+    assert run(folder, 4, constant) == 0
 
 
 def test_gradient_accumulation_is_the_same_step() -> None:
@@ -221,17 +238,19 @@ def test_gradient_accumulation_is_the_same_step() -> None:
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_step_is_ordered_without_waiting_for_the_gpu(compiled: bool) -> None:
     """The host can then order the next step while the GPU works at this one."""
-    config = tiny_config(f"--training.compile={str(compiled).lower()}")
+    # Bytes, as all images come but the digits.
+    config = tiny_config(
+        f"--training.compile={str(compiled).lower()}", "--data.dataset=photographs"
+    )
     processes = Processes(0, 1, torch.device("cuda", 0))
     training = TrainingStep(config, processes)
     training.prepare()
     batches = Batches(open_dataset(config), config, processes, 0)
     for step in range(3):  # compilation and libraries may wait at first
         training(step, next(batches))
-    batch = next(batches)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        training(3, batch)
+        training(3, next(batches))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -278,6 +297,9 @@ def test_without_a_compiler_a_compiled_run_says_so(tmp_path: Path) -> None:
         (["--training.batch_size=9", "--training.gradient_accumulation=2"], "not a multiple"),
         (["--data.dataset=folder", "--model.num_classes=10"], "data.root is not set"),
         (["--data.dataset=folder", "--data.root=nowhere"], "nowhere"),
+        (["--data.root=photos"], "data.root has no effect with data.dataset digits"),
+        (["--init-from="], "--init-from: is empty"),
+        (["--config="], "--config: is empty"),
         (["--device=cuda:7"], "not available"),
         (["--device=tpu9"], "unknown device"),
         (["--config=deco-digit"], "did you mean 'deco-digits'"),

@@ -7,6 +7,7 @@ import secrets
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -84,6 +85,11 @@ def remove_leftovers(parent: Path) -> None:
     for previous in parent.glob(f"*{PREVIOUS_SUFFIX}"):
         if previous.with_name(previous.name.removesuffix(PREVIOUS_SUFFIX)).exists():
             shutil.rmtree(previous, ignore_errors=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether this is being written, or was when its program died."""
+    return fnmatch(path.name, ".*.tmp-*")
 
 
 def _temporary(path: Path) -> Path:

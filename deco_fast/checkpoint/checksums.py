@@ -43,6 +43,18 @@ def damaged_file(folder: Path) -> str | None:
     return None
 
 
+def is_damaged(path: Path) -> bool:
+    """Whether a file's content is another than was noted beside it; reads all of it.
+
+    False where nothing was noted of it.
+    """
+    try:
+        entry = _read(path.parent).get(path.name)
+        return entry is not None and _digest(path) != entry["blake2b"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return True
+
+
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / CHECKSUMS_FILE
     # Checkpoints of before there were checksums have none.

@@ -14,6 +14,7 @@ from deco_fast.checkpoint.checksums import has_noted_sizes
 from deco_fast.checkpoint.format import TRAINING_FILE, WEIGHTS, weights_file
 from deco_fast.checkpoint.source import read_header
 from deco_fast.errors import UserError
+from deco_fast.resources import pretrained_folder
 
 HUB_SCHEME = "hf:"
 _STEP_FOLDER = re.compile(rf"step-(\d+)({re.escape(PREVIOUS_SUFFIX)})?")
@@ -64,8 +65,10 @@ def locate(path: str | Path) -> Path:
     """The checkpoint folder or weights file that `path` stands for.
 
     Args:
-        path: a file, a checkpoint folder, a run folder (its newest checkpoint), or
-            "hf:owner/repository/file", which is downloaded unless it is in the hub's cache.
+        path: a file, a checkpoint folder, a run folder (its newest checkpoint),
+            "hf:owner/repository/file", which is downloaded unless it is in the hub's cache, or the
+            name of a checkpoint that ships with the package, such as "deco-digits", where nothing
+            here is called that.
 
     Raises:
         UserError: there is nothing there.
@@ -74,6 +77,9 @@ def locate(path: str | Path) -> Path:
     if name.startswith(HUB_SCHEME):
         return _download(name)
     located = previous_or_self(Path(name).expanduser())
+    shipped = pretrained_folder() / name
+    if not located.exists() and len(Path(name).parts) == 1 and shipped.exists():
+        located = shipped
     if not located.exists():
         raise UserError(f"{name} does not exist{_suggestion(located)}")
     if located.is_file() or any((located / weights_file(kind)).exists() for kind in WEIGHTS):

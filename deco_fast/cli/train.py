@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deco_fast import ops
-from deco_fast.cli.parser import CommandParser
+from deco_fast.checkpoint.lock import alone_in
+from deco_fast.cli.parser import CommandParser, not_empty, to_path
 from deco_fast.compiling import explain_compile_errors, keep_compiled_code
 from deco_fast.config import RunConfig, load_config, option_help
 from deco_fast.errors import UserError, nearest, run_command
@@ -15,23 +20,28 @@ from deco_fast.training.estimate import estimate
 from deco_fast.training.run_folder import RunFolder
 from deco_fast.training.time_limit import parse_duration
 
+if TYPE_CHECKING:
+    from deco_fast.training.initial import InitialWeights
+    from deco_fast.training.trainer import Trainer
+
 
 @run_command
 def main(argv: list[str] | None = None) -> int:
     """Parse, resolve the configuration, train; the exit status."""
+    started = time.monotonic()
     options, overrides = _parser().parse_known_args(argv)
     _check_options(overrides)
     config = load_config(options.config, [*overrides, *_shorthands(options)])
-    path = Path(options.out) if options.out else Path("runs") / config.name
+    path = options.out or Path("runs") / config.name
     if options.dry_run:
         return _dry_run(config, path)
-    max_seconds = None if options.max_time is None else parse_duration(options.max_time)
+    end = None if options.max_time is None else started + parse_duration(options.max_time)
     ops.check_backend("pixel_decoder", "flow_matching_loss")
     with join_processes(options.device) as processes:
-        return _train(config, path, processes, max_seconds)
+        return _train(config, path, processes, end)
 
 
-def _train(config: RunConfig, path: Path, processes: Processes, max_seconds: float | None) -> int:
+def _train(config: RunConfig, path: Path, processes: Processes, end: float | None) -> int:
     # Imported here, so that --help and --dry-run do not wait for it.
     from deco_fast.training.initial import open_initial_weights
     from deco_fast.training.trainer import Trainer
@@ -41,8 +51,7 @@ def _train(config: RunConfig, path: Path, processes: Processes, max_seconds: flo
             print(line, flush=True)
 
     folder = RunFolder(path, config)
-    if processes.is_main:
-        folder.check()
+    adjusted = folder.check() if processes.is_main else []
     processes.barrier()
     if folder.finished:
         say(f"{path} has finished all {config.training.steps:,} steps")
@@ -51,7 +60,19 @@ def _train(config: RunConfig, path: Path, processes: Processes, max_seconds: flo
     initial = None
     if config.training.init_from is not None and folder.newest_checkpoint() is None:
         initial = open_initial_weights(config.training.init_from, config.model)
-    trainer = Trainer(config, folder, processes, max_seconds)
+    trainer = Trainer(config, folder, processes, end)
+    with alone_in(path) if processes.is_main else nullcontext():
+        return _run(trainer, initial, adjusted, say)
+
+
+def _run(
+    trainer: Trainer,
+    initial: InitialWeights | None,
+    adjusted: Sequence[str],
+    say: Callable[[str], None],
+) -> int:
+    folder, config, processes = trainer.folder, trainer.config, trainer.processes
+    path = folder.path
     # Only now, as it then holds this configuration: what was wrong so far may be corrected.
     if processes.is_main:
         folder.open()
@@ -61,6 +82,8 @@ def _train(config: RunConfig, path: Path, processes: Processes, max_seconds: flo
         for line in passed_over:
             say(f"{line}: going on from the one before")
         say(f"resuming {path} at step {trainer.step:,} of {config.training.steps:,}")
+        for line in adjusted:
+            say(f"from here on {line}")
     else:
         say(f"training {config.name} in {path} for {config.training.steps:,} steps")
         if initial is not None:
@@ -127,11 +150,14 @@ def _parser() -> CommandParser:
     )
     parser.add_argument(
         "--config",
+        type=not_empty,
         default="deco-digits",
         metavar="NAME|FILE",
         help="a name in configs/, or a YAML file (default: deco-digits)",
     )
-    parser.add_argument("--out", metavar="FOLDER", help="the run folder (default: runs/NAME)")
+    parser.add_argument(
+        "--out", type=to_path, metavar="FOLDER", help="the run folder (default: runs/NAME)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument(
         "--repa",
@@ -140,6 +166,7 @@ def _parser() -> CommandParser:
     )
     parser.add_argument(
         "--init-from",
+        type=not_empty,
         metavar="PATH",
         help="begin with the weights of a checkpoint, ours or published, with a fresh optimizer",
     )

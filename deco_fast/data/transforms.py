@@ -83,6 +83,7 @@ def normalise(pixels: Tensor) -> Tensor:
     and the bus, and become floats where the model is.
     """
     # A tensor and no Python number: CUDA multiplies by a number's reciprocal, which rounds
-    # otherwise than the division on the CPU.
-    half = torch.tensor(127.5, device=pixels.device)
+    # otherwise than the division on the CPU. Filled there: a copy from the CPU would wait for all
+    # that the GPU still has to do.
+    half = torch.full((), 127.5, device=pixels.device)
     return pixels.float() / half - 1

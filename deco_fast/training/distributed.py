@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from deco_fast.errors import UserError
+from deco_fast.errors import UserError, report
 
 T = TypeVar("T")
 
@@ -33,14 +34,14 @@ class Processes:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
+    def greatest(self, value: int) -> int:
+        """The largest value of all processes."""
         if self.world_size == 1:
-            return flag
-        # On the CPU, where gloo serves: a flag on a GPU would have to wait for its queue.
-        flags = torch.tensor(int(flag))
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return bool(flags)
+            return value
+        # On the CPU, where gloo serves: a value on a GPU would have to wait for its queue.
+        values = torch.tensor(value)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return int(values)
 
     def union(self, flags: torch.Tensor) -> torch.Tensor:
         """The bool flags that are set in any process; on the CPU."""
@@ -123,7 +124,12 @@ def pick_device(device: str) -> torch.device:
 
 @contextmanager
 def join_processes(device: str) -> Iterator[Processes]:
-    """Join the run's process group where torchrun started one, and leave it at the end."""
+    """Join the run's process group where torchrun started one, and leave it at the end.
+
+    After an error among several GPUs the process ends here and at once, by `report`: to leave
+    NCCL's group is to wait for the other processes, and they may be waiting for this one. torchrun
+    ends them when it sees that this one has gone.
+    """
     chosen = pick_device(device)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if chosen.type == "cuda":
@@ -139,8 +145,15 @@ def join_processes(device: str) -> Iterator[Processes]:
     )
     try:
         yield Processes(dist.get_rank(), world_size, chosen)
-    finally:
+    except BaseException as error:
+        if chosen.type == "cuda":
+            status = report(error)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _fresh_store() -> dist.Store:

@@ -57,7 +57,7 @@ def stop_after_failure(training: TrainingStep, folder: RunFolder, made: MadeStep
     raise UserError(
         f"the loss is {made.values['loss/total']:.6g} at step {made.step} (gradient norm "
         f"{made.values['gradient_norm']:.6g}; samples {named}{more}): its batch and the weights "
-        f"before it are in {place}; lower training.learning_rate, or set "
-        "training.gradient_clipping 1.0; the newest checkpoint is "
+        f"before it are in {place}; go on with the same command and a lower "
+        "training.learning_rate, or training.gradient_clipping 1.0; the newest checkpoint is "
         f"{folder.newest_checkpoint() or 'none'}"
     )

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from deco_fast.training.distributed import Processes
+
 
 class Interrupt:
     """Which signal asked the run to stop, if any did."""
@@ -18,6 +20,18 @@ class Interrupt:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def agree(self, processes: Processes, time_is_up: bool) -> bool:
+        """Whether any process was asked to stop, or its time is up; all call it together.
+
+        A signal that another process received, perhaps on another machine, becomes this one's.
+        """
+        number = processes.greatest(
+            self.signal if self.signal is not None else -int(not time_is_up)
+        )
+        if number > 0:
+            self.signal = signal.Signals(number)
+        return number >= 0
+
     @property
     def exit_status(self) -> int:
         """128 + the signal's number, as a shell reports a process that it ended; else 0."""
@@ -26,14 +40,17 @@ class Interrupt:
 
 @contextmanager
 def catch_interrupt() -> Iterator[Interrupt]:
-    """Note SIGINT and SIGTERM instead of dying of them; a second one is not held back."""
+    """Note SIGINT and SIGTERM instead of dying of them.
+
+    A second Ctrl-C is not held back. A second SIGTERM is: a scheduler may send one to all processes
+    and torchrun, who got it too, another to its own.
+    """
     interrupt = Interrupt()
     previous: dict[signal.Signals, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
-        interrupt.signal = signal.Signals(number)
-        for caught, handler in previous.items():
-            signal.signal(caught, handler)
+        interrupt.signal = interrupt.signal or signal.Signals(number)
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
 
     for caught in (signal.SIGINT, signal.SIGTERM):
         previous[caught] = signal.signal(caught, note)

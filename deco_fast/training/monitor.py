@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,7 +52,7 @@ class Monitor:
         world_size: int = 1,
         enabled: bool,
     ) -> None:
-        self.batch_size = config.training.batch_size
+        self.batch_size, self.enabled = config.training.batch_size, enabled
         self.device = device
         self.writer: SummaryWriter | None = None
         self._wandb: Any = None
@@ -84,7 +86,8 @@ class Monitor:
     ) -> None:
         self.bar.close()
         if self.writer is not None:
-            self.writer.close()
+            with self._going_on_without_log():
+                self.writer.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(kind is not None))
 
@@ -98,7 +101,7 @@ class Monitor:
         From "speed/steps_per_second" follow images/s, and for each device TFLOP/s and, where its
         peak is known, MFU.
         """
-        if self.writer is None:
+        if not self.enabled:
             return
         values = dict(values)
         rate = values.pop("speed/steps_per_second")
@@ -110,19 +113,31 @@ class Monitor:
         memory = _peak_memory(self.device)
         if memory is not None:
             values["memory/peak_gib"] = memory / 2**30
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        if self.writer is not None:
+            with self._going_on_without_log():
+                for name, value in values.items():
+                    self.writer.add_scalar(name, value, step)
         self.bar.set_postfix(loss=f"{values['loss/total']:.4f}", refresh=False)
 
     def images(self, step: int, grid: Tensor) -> None:
         """Show a grid of samples, uint8 (H, W, 3)."""
         if self.writer is not None:
-            self.writer.add_image("samples", grid, step, dataformats="HWC")
+            with self._going_on_without_log():
+                self.writer.add_image("samples", grid, step, dataformats="HWC")
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        if self.writer is not None:
+        if self.enabled:
             self.bar.write(line)
+
+    @contextmanager
+    def _going_on_without_log(self) -> Iterator[None]:
+        """A log that cannot be written, on a full disk say, must not end the run."""
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            self.say(f"TensorBoard's log cannot be written ({error.strerror}): going on without")
 
 
 def _peak_memory(device: torch.device) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import sys
@@ -14,7 +13,8 @@ from typing import Any
 
 import torch
 
-from deco_fast.checkpoint import newest_checkpoint, remove_leftovers
+from deco_fast.checkpoint import complete_checkpoints, newest_checkpoint, remove_leftovers
+from deco_fast.checkpoint.atomic import atomic_file, is_leftover
 from deco_fast.config import RunConfig, load_config
 from deco_fast.errors import UserError
 
@@ -34,6 +34,14 @@ _FREE = (
     "training.distribution",
 )
 
+# What a person may change of a run that goes on: the remedies for a loss that exploded, and its end
+# where the learning rate does not depend on it.
+_ADJUSTABLE = (
+    "training.learning_rate",
+    "training.gradient_clipping",
+    "training.explosion_factor",
+)
+
 
 class RunFolder:
     """runs/NAME: config.yaml, versions.json, checkpoints/, samples/, TensorBoard's files.
@@ -46,46 +54,52 @@ class RunFolder:
         self.path = path
         self.config = config
 
-    def check(self) -> None:
-        """See that the folder is free for this run, or holds it."""
+    def check(self, *, exactly: bool = False) -> list[str]:
+        """See that the folder is free for this run, or holds it.
+
+        Args:
+            exactly: refuse also what a person may adjust while a run stands still.
+
+        Returns:
+            What was adjusted, a line each.
+        """
         stored = self.path / "config.yaml"
         if stored.exists():
-            self._compare(stored)
-        elif self.path.is_dir() and any(self.path.iterdir()):
+            return self._compare(stored, exactly)
+        if self.path.is_dir() and not all(map(is_leftover, self.path.iterdir())):
             raise UserError(f"{self.path} is not empty and holds no run: choose another --out")
+        return []
 
     def open(self) -> None:
         """Create the folder, or check that the run in it is this one."""
         self.check()
         stored = self.path / "config.yaml"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(stored, self.config.to_yaml())
-            write_atomically(self.path / "versions.json", json.dumps(versions(), indent=2) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: the run folder cannot be written ({error.strerror}); "
-                "choose another --out"
-            ) from error
-        remove_leftovers(self.checkpoints)
+        write_atomically(stored, self.config.to_yaml())
+        write_atomically(self.path / "versions.json", json.dumps(versions(), indent=2) + "\n")
+        for folder in (self.path, self.checkpoints):
+            remove_leftovers(folder)
 
-    def _compare(self, stored: Path) -> None:
+    def _compare(self, stored: Path, exactly: bool) -> list[str]:
         try:
             # Keys that the file does not know yet had their defaults.
             before = _flatten(load_config(str(stored)).model_dump(mode="json"))
         except UserError as error:
             raise UserError(f"{stored} is not readable ({error}): choose another --out") from error
         now = _flatten(self.config.model_dump(mode="json"))
-        changed = [
-            f"{key} was {before.get(key)}, is {now.get(key)}"
+        changed = {
+            key: f"{key} was {before.get(key)}, is {now.get(key)}"
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key) and not key.startswith(_FREE)
-        ]
-        if changed:
+        }
+        adjustable: tuple[str, ...] = () if exactly else _ADJUSTABLE
+        if not exactly and self.config.training.schedule == "constant":
+            adjustable += ("training.steps",)
+        if refused := [line for key, line in changed.items() if key not in adjustable]:
             raise UserError(
-                f"{self.path} holds a run of another configuration ({'; '.join(changed)}): "
+                f"{self.path} holds a run of another configuration ({'; '.join(refused)}): "
                 "give the old values, or start a new run with --out FOLDER"
             )
+        return list(changed.values())
 
     @property
     def checkpoints(self) -> Path:
@@ -118,20 +132,21 @@ class RunFolder:
         path = self.path / "damaged.txt"
         # The name of a file need not be text.
         lines = [name.encode("utf-8", "backslashreplace").decode() for name in names]
-        try:
-            before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            if not set(lines) <= set(before):
-                listed = dict.fromkeys([*before, *lines])
-                write_atomically(path, "\n".join(listed) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be written ({error.strerror}); free some space"
-            ) from error
+        before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if not set(lines) <= set(before):
+            listed = dict.fromkeys([*before, *lines])
+            write_atomically(path, "\n".join(listed) + "\n")
 
-    def drop_old_checkpoints(self, keep: int) -> None:
-        """Delete all but the newest `keep` checkpoints."""
-        for folder in self.written_checkpoints()[:-keep]:
-            shutil.rmtree(folder, ignore_errors=True)
+    def drop_old_checkpoints(self, keep: int, step: int) -> None:
+        """Delete all but the newest `keep` complete checkpoints up to a step.
+
+        Later ones stay: they were damaged, and passed over when the run went on.
+        """
+        newest = self.checkpoint(step).name
+        complete = [path for path in complete_checkpoints(self.path) if path.name <= newest]
+        for folder in self.written_checkpoints():
+            if folder.name <= newest and folder not in complete[:keep]:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def failure(self, step: int) -> Path:
         """Where a step that ended the run is kept to be looked at."""
@@ -140,7 +155,12 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the run has made all its steps."""
-        return (self.path / "finished").exists()
+        if not (self.path / "finished").exists():
+            return False
+        newest = self.newest_checkpoint()
+        steps = self.config.training.steps
+        # It may have had fewer steps to make when it was finished.
+        return newest is None or newest.name >= self.checkpoint(steps).name
 
     def mark_finished(self) -> None:
         """Note that the run has made all its steps."""
@@ -167,10 +187,13 @@ def versions() -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that a reader sees the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Write a small text file so that a reader sees the old one or the new one, whole.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:

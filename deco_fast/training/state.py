@@ -6,6 +6,7 @@ the processes share it, is written and read by all of them (torch.distributed.ch
 
 from __future__ import annotations
 
+import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -42,6 +44,9 @@ class CheckpointWriter:
     Args:
         training: what to save.
         folder: the run's.
+
+    Attributes:
+        slowest: seconds that a checkpoint took from `save` until it was whole, at most.
     """
 
     def __init__(self, training: TrainingStep, folder: RunFolder) -> None:
@@ -52,6 +57,7 @@ class CheckpointWriter:
         self._copies: dict[str, Tensor] = {}
         self._shards: Future[Any] | None = None
         self._written: Future[None] | None = None
+        self.slowest = 0.0
 
     def save(self, step: int, loader: dict[str, Any]) -> None:
         """Begin to write the checkpoint after `step` steps; all processes call it together.
@@ -64,7 +70,9 @@ class CheckpointWriter:
             UserError: the one before it could not be written.
         """
         self.wait()
+        began = time.monotonic()
         training = self.training
+        training.ema.wait()
         weights = {
             "model": whole_weights(training.model, training),
             "ema": whole_weights(training.ema.model, training),
@@ -92,7 +100,7 @@ class CheckpointWriter:
             "world_size": training.processes.world_size,
             "encoder": _encoder(training),
         }
-        self._written = self._thread.submit(self._write, step, weights, state, shards)
+        self._written = self._thread.submit(self._write, step, weights, state, shards, began)
 
     def check(self) -> None:
         """Do nothing, unless a checkpoint could not be written.
@@ -110,7 +118,7 @@ class CheckpointWriter:
             UserError: it cannot be written.
         """
         if self._shards is not None:
-            self._shards.result()
+            _result(self._shards)
             self._shards = None
         if self._written is not None:
             self._written.result()
@@ -126,10 +134,11 @@ class CheckpointWriter:
         weights: dict[str, dict[str, Tensor]],
         state: dict[str, Any],
         shards: Path | None,
+        began: float,
     ) -> None:
         if self._shards is not None:
             # Of this process; it ends when all of them have written theirs.
-            self._shards.result()
+            _result(self._shards)
         config = self.training.config
         save_checkpoint(
             self.folder.checkpoint(step),
@@ -139,7 +148,8 @@ class CheckpointWriter:
             training=state,
             optimizer_folder=shards,
         )
-        self.folder.drop_old_checkpoints(config.output.keep_checkpoints)
+        self.folder.drop_old_checkpoints(config.output.keep_checkpoints, step)
+        self.slowest = max(self.slowest, time.monotonic() - began)
 
     def _begin_shards(self, folder: Path, tensors: dict[str, Tensor]) -> Future[Any]:
         writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -157,6 +167,22 @@ class CheckpointWriter:
             # Pinned memory receives from a GPU at full speed.
             self._copies[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
         return self._copies[name].copy_(value.detach(), non_blocking=True)
+
+
+def _result(shards: Future[Any]) -> None:
+    """Wait until all processes have written their shards.
+
+    Raises:
+        UserError: one of them cannot.
+    """
+    try:
+        shards.result()
+    except CheckpointException as error:
+        rank, failure = next(iter(error.failures.items()))
+        raise UserError(
+            f"process {rank} cannot write its part of a checkpoint ({failure[0]}): free some space "
+            "or choose another disk; what was saved before is still valid"
+        ) from error
 
 
 def whole_weights(model: nn.Module, training: TrainingStep) -> dict[str, Tensor]:

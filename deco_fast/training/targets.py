@@ -16,7 +16,7 @@ def open_features(config: RunConfig, dataset: LabelledImages, device: torch.devi
 
     Args:
         config: the run.
-        dataset: its images; the cache is of them, by their fingerprint, size and mirroring.
+        dataset: its images; the cache is of them, by their fingerprint, size, crop and mirroring.
         device: where the encoder shall be.
 
     Raises:
@@ -33,6 +33,8 @@ def open_features(config: RunConfig, dataset: LabelledImages, device: torch.devi
             "dataset": dataset.fingerprint,
             "height": data.height,
             "width": data.width,
+            "crop": data.crop,
+            "skip_small": data.skip_small,
             "random_flip": data.random_flip,
         }
         limit = round(alignment.cache_gib * 2**30)

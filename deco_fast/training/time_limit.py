@@ -25,12 +25,12 @@ class TimeLimit:
     """Whether it is time to save and stop.
 
     Args:
-        seconds: from now on; None is no limit.
+        end: on the clock of `time.monotonic`; None is no limit.
         save_seconds: what the first checkpoint is expected to take.
     """
 
-    def __init__(self, seconds: float | None, save_seconds: float) -> None:
-        self._end = None if seconds is None else time.monotonic() + seconds
+    def __init__(self, end: float | None, save_seconds: float) -> None:
+        self._end = end
         self._save = save_seconds
         self._slowest_step = 0.0
         self._last = time.monotonic()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from deco_fast.config import RunConfig
 from deco_fast.errors import UserError
@@ -46,7 +47,7 @@ class Trainer:
         config: the run.
         folder: the run's folder, opened.
         processes: this process among those of the run.
-        max_seconds: stop, with a checkpoint written, before so much time has passed.
+        end: stop, with a checkpoint written, before this time of `time.monotonic`.
 
     Attributes:
         step: steps made.
@@ -61,7 +62,7 @@ class Trainer:
         config: RunConfig,
         folder: RunFolder,
         processes: Processes,
-        max_seconds: float | None = None,
+        end: float | None = None,
     ) -> None:
         self.config, self.folder, self.processes = config, folder, processes
         self.step = 0
@@ -74,7 +75,7 @@ class Trainer:
         self.training = TrainingStep(config, processes, features, self.encode_text)
         parameters = sum(p.numel() for p in self.training.objective.parameters())
         # float32: weights, their average, two moments.
-        self.limit = TimeLimit(max_seconds, 16 * parameters / _ASSUMED_BYTES_PER_SECOND)
+        self.limit = TimeLimit(end, 16 * parameters / _ASSUMED_BYTES_PER_SECOND)
 
     def resume(self) -> list[str] | None:
         """Go on from the folder's newest checkpoint that is whole; None where there is none.
@@ -137,14 +138,12 @@ class Trainer:
                 self.limit.step_made()
                 writer.check()
                 last = self.step == config.training.steps
-                stopping = self.processes.any(bool(interrupt) or self.limit.is_near)
+                stopping = interrupt.agree(self.processes, self.limit.is_near)
                 saving = self.step % output.checkpoint_every == 0 or last or stopping
                 if saving:
                     # A step that must not be saved has to be known by now.
                     for made in reader.flush():
                         self._note(made, window, monitor)
-                if self.step % output.sample_every == 0 or last:
-                    self._save_samples(monitor)
                 if saving:
                     began = time.monotonic()
                     writer.save(self.step, batches.state_dict(self.step))
@@ -152,7 +151,9 @@ class Trainer:
                         self._list_damaged()
                     if last or stopping:
                         writer.wait()
-                    self.limit.saved(time.monotonic() - began)
+                    self.limit.saved(max(time.monotonic() - began, writer.slowest))
+                if last or (self.step % output.sample_every == 0 and not stopping):
+                    self._show_samples(monitor)
                 if stopping:
                     break
         if self.processes.is_main:
@@ -175,11 +176,21 @@ class Trainer:
             rate = learning_rate(self.config, made.step - 1)
             monitor.scalars(made.step, {**window.report(), "learning_rate": rate})
 
-    def _save_samples(self, monitor: Monitor) -> None:
-        """A grid of the averaged model's images, always of the same noise and conditions."""
+    def _show_samples(self, monitor: Monitor) -> None:
+        """A grid of the averaged model's images, always of the same noise and conditions.
+
+        A run goes on without one that cannot be drawn or kept.
+        """
+        self.training.ema.wait()
         weights = state.whole_weights(self.training.ema.model, self.training)
-        if not self.processes.is_main:
-            return
+        if self.processes.is_main:
+            try:
+                self._save_samples(weights, monitor)
+            except (UserError, OSError, torch.OutOfMemoryError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                monitor.say(f"no samples of step {self.step:,} ({reason}): the training goes on")
+
+    def _save_samples(self, weights: dict[str, Tensor], monitor: Monitor) -> None:
         model = empty_network(self.config.model, self.config.card()).eval()
         device = self.processes.device
         weights = {name: tensor.to(device) for name, tensor in weights.items()}

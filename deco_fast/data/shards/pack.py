@@ -52,6 +52,8 @@ def pack(
             f"images_per_shard is {images_per_shard}, seed {seed}: they begin at 1 and 0"
         )
     images, out = FolderImages(folder), Path(out)
+    if out.resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError(f"{out} is in {folder} itself: choose another folder for the shards")
     _open(out, images, {"images_per_shard": images_per_shard, "seed": seed})
     order = np.random.default_rng(seed).permutation(len(images.names))
     parts = np.split(order, range(images_per_shard, len(order), images_per_shard))
