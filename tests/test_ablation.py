@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from processes import TINY, assert_identical, in_processes, weights
 from sklearn.datasets import load_sample_image
 
@@ -20,16 +21,19 @@ from deco_fast.cli.evaluate import main
 from deco_fast.config import load_config
 from deco_fast.data import DigitsDataset, PhotographCrops
 from deco_fast.errors import UserError
+from deco_fast.evaluation.extractors import open_extractor
 from deco_fast.evaluation.frechet import Moments, frechet_distance
 from deco_fast.evaluation.random_conv import RandomConvExtractor
 from deco_fast.evaluation.spectrum import block_energy, spectral_error
-from deco_fast.experiments.suite import load_suite, plan, suite_names
+from deco_fast.experiments.reference import Reference, suite_reference
+from deco_fast.experiments.suite import Evaluation, load_suite, plan, suite_names
 from deco_fast.experiments.table import RunResult, markdown
 from deco_fast.models.deco import DeCo
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import to_uint8
 from deco_fast.sampling.run import draw
 from deco_fast.training.batches import open_dataset
+from deco_fast.training.distributed import Processes
 from deco_fast.training.monitor import Monitor
 
 # --- the photographs ------------------------------------------------------------------------
@@ -334,6 +338,31 @@ def check_values(output: Path) -> None:
     assert 0 < found["dit_high_share"] < 1
 
 
+def test_a_reference_is_computed_anew_when_its_files_change(tmp_path: Path) -> None:
+    images, kept = tmp_path / "images", tmp_path / "suite"
+    images.mkdir()
+    kept.mkdir()
+    evaluation = Evaluation(features="random-conv", reference=str(images))
+    extractor = open_extractor("random-conv")
+    processes = Processes(0, 1, torch.device("cpu"))
+    config = load_config("deco-digits")
+
+    def open_reference(count: int, brightness: int) -> Reference:
+        for number in range(count):
+            pixels = torch.randint(brightness, (16, 16, 3), dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(images / f"{number}.png")
+        return suite_reference(evaluation, config, extractor, kept, processes)
+
+    first = open_reference(20, 255)
+    again = suite_reference(evaluation, config, extractor, kept, processes)
+    assert again.identity == first.identity
+    assert torch.equal(again.statistics.pooled.mean, first.statistics.pooled.mean)
+    others = open_reference(20, 60)
+    assert others.identity != first.identity and others.statistics.count == 20
+    assert not torch.equal(others.statistics.pooled.mean, first.statistics.pooled.mean)
+    assert open_reference(30, 60).statistics.count == 30
+
+
 def test_the_table_gives_means_and_spreads(folder: Path) -> None:
     suite = load_suite(write_suite())
     found = [
@@ -343,7 +372,7 @@ def test_the_table_gives_means_and_spreads(folder: Path) -> None:
         RunResult("without it", 0, 1234567, {"fid": 20.0}),
     ]
     text = markdown(suite, found, 4, ["fid"]).splitlines()
-    assert "| Fréchet distance, random-conv ↓ |" in text[4]
+    assert "| Fréchet distance, random-conv ↓ | FID ↓, the paper's |" in text[4]
     assert text[6] == "| real images |  | 1 | 1 |  |"
     assert text[7] == "| with | 1,234,567 | 2 | 12 ± 2.8 | 31.35 |"
     assert text[8] == "| without it | 1,234,567 | 1 | 20 |  |"

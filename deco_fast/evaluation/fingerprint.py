@@ -1,9 +1,11 @@
-"""Which weights a network has."""
+"""Which weights a network has, and which files a folder."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,4 +17,20 @@ def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def files_fingerprint(path: str | os.PathLike[str]) -> str:
+    """A hash of the names, sizes and times of change of a file, or of all files under a folder.
+
+    Raises:
+        OSError: it does not exist or cannot be read.
+    """
+    path = Path(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        status = file.stat()
+        if not file.is_dir():
+            name = os.fsencode(file.relative_to(path))
+            digest.update(name + f"\0{status.st_size} {status.st_mtime_ns};".encode())
     return digest.hexdigest()

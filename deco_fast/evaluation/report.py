@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,26 @@ from deco_fast.errors import UserError
 REPORT_FILE = "report.json"
 
 
-def report_folder(named: Path | None, default: Path, source: Mapping[str, Any]) -> Path:
+def report_folder(
+    named: Path | None, default: Path, source: Mapping[str, Any], files: Sequence[str] = ()
+) -> Path:
     """The folder named, or the first of default, default-2 … without the report of others.
 
     Args:
         named: by the user.
         default: where none is named.
         source: what is evaluated, as JSON gives it back.
+        files: what is written beside the report.
 
     Raises:
-        UserError: the folder named holds the report of something else.
+        UserError: the folder named holds the report of something else, or such files without one.
     """
+    if named and not (named / REPORT_FILE).exists():
+        foreign = [name for name in files if (named / name).exists()]
+        if foreign:
+            raise UserError(
+                f"--out {named} holds a {foreign[0]} that is not of a report: choose another --out"
+            )
     if named:
         if _holds_another_report(named, source):
             raise UserError(f"--out {named} holds the report of other images: choose another --out")

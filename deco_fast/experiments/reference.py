@@ -15,6 +15,7 @@ from deco_fast.checkpoint.atomic import atomic_file
 from deco_fast.config import RunConfig
 from deco_fast.errors import UserError
 from deco_fast.evaluation.extractors import FeatureExtractor
+from deco_fast.evaluation.fingerprint import files_fingerprint
 from deco_fast.evaluation.image_sets import ImageSet, open_images
 from deco_fast.evaluation.metrics import evaluate_images, needs_rows, open_reference
 from deco_fast.evaluation.spectrum import LabelledBatch, block_energy
@@ -33,10 +34,12 @@ class Reference:
     """What drawn images are compared with.
 
     Attributes:
+        identity: which images these are; another after a change of any of them.
         statistics: in the extractor's features.
         energy: of each DCT frequency (block²,); None where the reference is statistics alone.
     """
 
+    identity: str
     statistics: SetStatistics
     energy: Tensor | None
 
@@ -142,21 +145,21 @@ def suite_reference(
         images: ImageSet | None = DatasetImages(open_dataset(config), config)
         identity = str(open_dataset(config).fingerprint)
     else:
-        images, identity = _images_in(path), str(path.resolve())
+        images, identity = _images_in(path), f"{path.resolve()} {files_fingerprint(path)}"
     note = {"identity": identity, "rows": keep_rows, "extractor": extractor.fingerprint}
+    found: Tensor | None
     kept = processes.from_main(_read_note(folder / _NOTE_FILE, note) if processes.is_main else None)
     if kept is not None:
         statistics = load_statistics(folder / _STATISTICS_FILE, extractor)
         energy = kept["energy"]
-        return Reference(
-            statistics, None if energy is None else torch.tensor(energy, dtype=torch.float64)
-        )
+        found = None if energy is None else torch.tensor(energy, dtype=torch.float64)
+        return Reference(identity, statistics, found)
     if images is not None and not holds_statistics(path):
         watched = WatchedImages(images)
         statistics = evaluate_images(
             watched, extractor, processes, evaluation.batch_size, keep_rows
         )
-        found: Tensor | None = watched.energy(processes)
+        found = watched.energy(processes)
     else:
         statistics = open_reference(
             path, extractor, processes, batch_size=evaluation.batch_size, keep_rows=keep_rows
@@ -173,7 +176,7 @@ def suite_reference(
         with atomic_file(folder / _NOTE_FILE) as temporary:
             temporary.write_text(json.dumps(kept) + "\n", encoding="utf-8")
     processes.barrier()
-    return Reference(statistics, found)
+    return Reference(identity, statistics, found)
 
 
 def image_energy(images: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ from deco_fast.training.run_folder import RunFolder
 from deco_fast.training.trainer import Trainer
 
 REAL_IMAGES = "real images"
-"""The name of the row with as many real images as were drawn: what a perfect model would get."""
+"""The name of the row with as many real images as were drawn, themselves among the reference."""
 
 
 def run_suite(
@@ -75,7 +75,7 @@ def run_suite(
     evaluation = suite.evaluation
     for run in runs:  # before hours are spent on the first of them
         if processes.is_main:
-            RunFolder(where.run(run), run.config).check()
+            RunFolder(where.run(run), run.config).check(exactly=True)
     extractor = open_extractor(evaluation.features, evaluation.weights, processes.device)
     say(f"reference: {evaluation.reference}")
     reference = suite_reference(evaluation, runs[0].config, extractor, folder, processes)
@@ -164,6 +164,7 @@ def _evaluate(
         "weights_checksum": weights_checksum(model),
         "evaluation": evaluation.model_dump(mode="json"),
         "extractor": extractor.fingerprint,
+        "reference": reference.identity,
     }
     values = processes.from_main(_read_values(path, source) if processes.is_main else None)
     if values is None:
@@ -207,12 +208,15 @@ def _real_images(
     where: SuiteFolder,
     processes: Processes,
 ) -> RunResult:
-    """As many real images as are drawn, compared with all: zero but for their number."""
+    """As many real images as are drawn, compared with all, which they are among.
+
+    So nearer than other images of the same distribution would be: a bound from below.
+    """
     path = where.evaluation("real-images")
     source = {
         "evaluation": evaluation.model_dump(mode="json"),
         "extractor": extractor.fingerprint,
-        "count": reference.statistics.count,
+        "reference": reference.identity,
     }
     values = processes.from_main(_read_values(path, source) if processes.is_main else None)
     if values is None:

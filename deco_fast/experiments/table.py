@@ -86,7 +86,8 @@ def markdown(
     papers = {row.name: row.paper for row in suite.rows}
     with_paper = [name for name in metrics if any(name in paper for paper in papers.values())]
     head = ["", "parameters", "seeds", *(names[name] for name in metrics)]
-    head += [f"{names[name]}, the paper's" for name in with_paper]
+    # The paper's are in the features of Inception, whatever ours are in.
+    head += [f"{_TITLES.get(name, names[name])}, the paper's" for name in with_paper]
     lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
     for row, group in _groups(results).items():
         parameters = group[0].parameters
