@@ -113,7 +113,15 @@ def test_sampling(
         model = model_in(variant.precision.dtype)
         if variant.is_baseline:
             by_block = variant.compiled and images.pixels >= BY_BLOCK_PIXELS
-            compiled = compiled_by_block(model) if by_block else variant.compile(model)
+            compiled: Callable[..., Tensor]
+            if by_block:
+                compiled = compiled_by_block(model)
+            elif variant.graphed:
+                compiled = torch.compile(
+                    model, fullgraph=True, dynamic=False, mode="reduce-overhead"
+                )
+            else:
+                compiled = variant.compile(model)
 
             def loop() -> dict[str, Tensor]:
                 with variant.autocast(device):
@@ -214,6 +222,9 @@ def _rows(
         if not (large and precision.autocast):
             rows[Variant(REFERENCE, False, precision)] = None
         rows[Variant(REFERENCE, True, precision)] = machine.no_compiler
+        if machine.device.type == "cuda" and not (large or precision.autocast):
+            # The engine is one; a batch that keeps the GPU busy gains nothing from it.
+            rows[Variant(REFERENCE, True, precision, graphed=True)] = machine.no_compiler
         if precision.autocast:  # the engine has its weights in the dtype that it computes in
             continue
         if not large:

@@ -47,6 +47,7 @@ class Variant:
         part: what stands in for the task as the reference does it, where that is more than ops.
         instruction_set: the highest that our C++ kernels may use; torch's libraries are free.
         lean: whether the decoder keeps no block's input for the backward pass (Triton).
+        graphed: whether a GPU replays it as a CUDA graph.
     """
 
     backend: str
@@ -55,11 +56,13 @@ class Variant:
     part: str | None = None
     instruction_set: str | None = None
     lean: bool = False
+    graphed: bool = False
 
     @property
     def name(self) -> str:
         """For people: backend or part, way of running, precision."""
         way = "torch.compile" if self.compiled else "eager"
+        way += " and CUDA graph" if self.graphed else ""
         limit = f" limited to {self.instruction_set}" if self.instruction_set else ""
         lean = " lean" if self.lean else ""
         return f"{self.part or self.backend}{lean}{limit}, {way}, {self.precision.label}"
