@@ -16,9 +16,12 @@ The interpreter computes float32 and float16 right, bfloat16 wrong (Triton 3.6 t
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +31,44 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 KERNELS_RUN = INTERPRETED or torch.cuda.is_available()
 MARKS = [] if INTERPRETED else [pytest.mark.gpu]
 """Of the classes: `pytest -m gpu` runs them on a GPU."""
+
+
+def _patch_language_once() -> None:
+    """Triton puts its interpreted functions in place at each call of a function inside of a kernel,
+    where its kernel has done so already: two fifths of the time that the decoder's tests take.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    scopes: list[Any] = []
+    patched: set[frozenset[int]] = set()
+
+    @functools.cache
+    def modules(function: Any) -> frozenset[int]:
+        """Which of Triton's modules the function sees: those are what is patched for it."""
+        seen = function.__globals__.values()
+        return frozenset(
+            id(value)
+            for value in seen
+            if inspect.ismodule(value) and value in (language, language.core)
+        )
+
+    def patch_once(function: Any) -> Any:
+        # A kernel that has ended took back all of its changes.
+        if not (scopes and getattr(scopes[0], "_changes", None)):
+            patched.clear()
+            scopes[:] = [patch(function)]
+        elif modules(function) not in patched:
+            patch(function)
+        patched.add(modules(function))
+        return scopes[0]
+
+    interpreter._patch_lang = patch_once
+
+
+if INTERPRETED:
+    _patch_language_once()
 
 
 def run_cases(path: str) -> None:
