@@ -1,8 +1,6 @@
 """Measure models and the images they draw. See `--help`."""
 
-import sys
-
-from deco_fast.cli.evaluate import main
+from deco_fast.errors import run_script
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script("deco_fast.cli.evaluate")

@@ -1,8 +1,6 @@
 """Train DeCo: `torchrun train.py`. See `--help`."""
 
-import sys
-
-from deco_fast.cli.train import main
+from deco_fast.errors import run_script
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script("deco_fast.cli.train")

@@ -239,6 +239,11 @@ class RunConfig(_Section):
                 )
         built_in = {"digits": 10, "photographs": 2}.get(self.data.dataset)
         is_text = isinstance(self.model, DeCoT2IConfig)
+        if built_in is not None and self.data.root is not None:
+            raise ValueError(
+                f"data.root has no effect with data.dataset {self.data.dataset}: add "
+                "--data.dataset folder, or leave it out"
+            )
         if is_text and built_in is not None:
             raise ValueError(
                 f"data.dataset {self.data.dataset} has no captions: use folder or shards"
@@ -381,7 +386,9 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    # A key that is written wrong also lacks: its name says more.
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     place = [str(part) for part in first["loc"] if not str(part).startswith("function")]
     network = None
     if place[:1] == ["model"] and len(place) > 1:

@@ -32,7 +32,7 @@ from deco_fast.cli.train import main as train
 from deco_fast.conditioning.qwen3 import QWEN3_1_7B
 from deco_fast.data.captions import FolderCaptions
 from deco_fast.data.folder import FolderImages
-from deco_fast.errors import run_command
+from deco_fast.errors import UserError, run_command
 from deco_fast.models.build import build_network
 from deco_fast.models.class_conditional import ClassConditional
 from deco_fast.models.config import ClassConfig
@@ -48,6 +48,8 @@ PROMPTS = 4
 def main(argv: list[str] | None = None) -> int:
     """Write the configuration, train, draw; the exit status."""
     options, overrides = _parser().parse_known_args(argv)
+    if options.out.resolve().is_relative_to(options.images.resolve()):
+        raise UserError(f"--out {options.out} is in {options.images} itself: choose another --out")
     source = open_checkpoint(options.checkpoint, None, options.preset)
     fields = _shared_fields(source, options)
     drawing = []

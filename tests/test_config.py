@@ -221,6 +221,15 @@ def test_a_broken_file_is_named(tmp_path: Path, content: str, message: str) -> N
         load_config(str(file))
 
 
+def test_a_section_written_wrong_is_named(tmp_path: Path) -> None:
+    """And not the one that is missing for it."""
+    text = (config_folder() / "deco-digits.yaml").read_text().replace("training:", "trainin:")
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match="unknown key 'trainin'; did you mean 'training'"):
+        load_config(str(file))
+
+
 def test_an_unknown_configuration_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'c2i_xl_256'"):
         load_config("c2i-xl-256")

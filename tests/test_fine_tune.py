@@ -56,6 +56,17 @@ def brightness(pattern: str) -> float:
     return float(np.mean([np.asarray(Image.open(path)) for path in drawn]))
 
 
+def test_nothing_is_written_among_the_images(
+    example: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = images()
+    before = sorted(photos.rglob("*"))
+    for out in ("photos", "photos/black/tuned"):
+        assert example.main([str(photos), "--out", out]) == 2
+        assert f"--out {out} is in photos itself: choose another --out" in capsys.readouterr().err
+    assert sorted(photos.rglob("*")) == before
+
+
 @pytest.mark.slow
 def test_the_shipped_model_on_classes_of_its_own(
     example: ModuleType, capsys: pytest.CaptureFixture[str]

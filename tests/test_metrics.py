@@ -422,6 +422,18 @@ def test_command_compares_and_reuses_statistics(
     Path("again").rename("out2")
     again = json.loads(Path("out2/report.json").read_text())["report"]
     assert again == pytest.approx(first, rel=1e-9)
+    # What holds no statistics is not replaced, and nothing by itself.
+    before = {name: Path(name).read_bytes() for name in ("reference.npz", "kept.npz")}
+    capsys.readouterr()
+    for reference_file, kept_file, message in (
+        ("reference.npz", "reference.npz", "is the reference itself"),
+        ("kept.npz", "kept.npz", "is the reference itself"),
+        ("kept.npz", "images.npz", "exists and holds no statistics"),
+    ):
+        assert evaluate("--reference", reference_file, "--save-statistics", kept_file) == 2
+        assert f"--save-statistics {kept_file} {message}: choose" in capsys.readouterr().err
+    assert all(Path(name).read_bytes() == content for name, content in before.items())
+    assert evaluate("--reference", "reference.npz", "--save-statistics", "kept.npz") == 0
     # Without images: only the statistics are made.
     assert evaluate("--reference", "reference.npz", "--save-statistics", "other.npz") == 0
     with np.load("kept.npz") as kept, np.load("other.npz") as other_file:

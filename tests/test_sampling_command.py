@@ -21,6 +21,7 @@ from torch import Tensor
 
 from deco_fast import DeCo, DeCoConfig, load_checkpoint
 from deco_fast.checkpoint import save_checkpoint
+from deco_fast.checkpoint.lock import alone_in
 from deco_fast.cli.sample import main
 from deco_fast.models.card import ModelCard, SamplingSettings
 from deco_fast.models.presets import PRESETS
@@ -90,6 +91,53 @@ def npz_images(path: Path) -> np.ndarray:
 
 def most_different(a: np.ndarray, b: np.ndarray) -> int:
     return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+class TestNothingIsLost:
+    def test_a_grid_takes_the_place_of_nothing(
+        self, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        options = ("--checkpoint", checkpoint, "--num", 2, "--npz", "mine.npz")
+        Path("mine-grid.png").write_bytes(b"of mine")
+        assert run(*options) == 2
+        error = capsys.readouterr().err
+        assert "mine-grid.png exists, where the grid of mine.npz goes" in error
+        assert Path("mine-grid.png").read_bytes() == b"of mine" and not Path("mine.npz").exists()
+        assert run(*options, "--overwrite") == 0
+        assert run(*options) == 0  # finished already
+
+    @pytest.mark.parametrize("option", [("--npz", "a.npz"), ("--out", "a")], ids=["npz", "folder"])
+    def test_two_commands_do_not_write_to_one_place(
+        self, checkpoint: Path, option: tuple[str, str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with alone_in(Path("a.npz.partial" if option[0] == "--npz" else "a")):
+            assert run("--checkpoint", checkpoint, "--num", 2, *option) == 2
+        assert "is in use by another program" in capsys.readouterr().err
+        assert run("--checkpoint", checkpoint, "--num", 2, *option) == 0
+
+    def test_a_damaged_checkpoint_is_not_drawn_from(
+        self, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        damaged = Path(shutil.copytree(checkpoint, "damaged"))
+        content = (damaged / "ema.safetensors").read_bytes()
+        (damaged / "ema.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert run("--checkpoint", damaged, "--num", 1) == 2
+        assert "ema.safetensors is damaged: its checksum" in capsys.readouterr().err
+        assert run("--checkpoint", damaged, "--num", 1, "--weights", "model") == 0
+
+    @pytest.mark.parametrize("option", ["--checkpoint", "--out", "--npz"])
+    def test_an_empty_path_is_none(
+        self, option: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """As a variable of the shell that is not set."""
+        named = () if option == "--checkpoint" else ("--checkpoint", checkpoint)
+        assert run(*named, option, "") == 2
+        assert f"{option}: is empty: name a path" in capsys.readouterr().err
+        assert not list(Path().iterdir())
+
+    def test_the_checkpoint_that_ships_has_a_name(self) -> None:
+        assert run("--checkpoint", "deco-digits", "--num", 1, "--steps", 1) == 0
+        assert load_checkpoint("deco-digits").config.num_classes == 10
 
 
 class TestDrawing:

@@ -172,6 +172,19 @@ def test_command_reads_folders(folder: Path, capsys: pytest.CaptureFixture[str])
     assert "2 images of 32×32, with the null class" in capsys.readouterr().out
 
 
+def test_command_replaces_no_file_of_others(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["spectrum", "one.safetensors", "--timesteps", "0.5", "--num", "10", "--out", "mine"]
+    (folder / "mine").mkdir()
+    (folder / "mine/spectrum.csv").write_text("of mine")
+    assert main(command) == 2
+    assert "--out mine holds a spectrum.csv that is not of a report" in capsys.readouterr().err
+    assert (folder / "mine/spectrum.csv").read_text() == "of mine"
+    (folder / "mine/spectrum.csv").unlink()
+    assert main(command) == 0 and main(command) == 0  # its own it may
+
+
 def test_command_refuses_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     large = ModelCard(name="large", height=64, width=64)
     save_weights("large.safetensors", DeCo(CONFIG), large)

@@ -17,7 +17,7 @@ from deco_fast.checkpoint import load_checkpoint, read_card, read_config
 from deco_fast.checkpoint.find import locate
 from deco_fast.checkpoint.format import WEIGHTS
 from deco_fast.checkpoint.load import check_architecture
-from deco_fast.cli.parser import CommandParser, checked, one_of, whole_number
+from deco_fast.cli.parser import CommandParser, checked, not_empty, one_of, whole_number
 from deco_fast.cli.sample_options import DTYPES, MATMUL_PRECISIONS
 from deco_fast.config import load_config
 from deco_fast.errors import UserError, run_command
@@ -125,6 +125,7 @@ def _parser() -> CommandParser:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--checkpoint",
+        type=not_empty,
         metavar="PATH",
         help="as for sample.py (default: the digits model that ships with the package)",
     )

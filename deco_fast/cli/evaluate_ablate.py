@@ -8,7 +8,7 @@ from typing import Any
 
 from deco_fast import ops
 from deco_fast.checkpoint.atomic import atomic_file
-from deco_fast.cli.parser import whole_number
+from deco_fast.cli.parser import to_path, whole_number
 from deco_fast.errors import UserError
 from deco_fast.experiments.suite import (
     PlannedRun,
@@ -129,7 +129,7 @@ def add_parser(kinds: Any) -> None:
     ablate.add_argument("--weights", metavar="FILE", help="the feature extractor's")
     ablate.add_argument("--num", type=whole_number(1), help="images drawn of each run")
     ablate.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="the suite's folder (default: ablations/NAME)"
+        "--out", type=to_path, metavar="FOLDER", help="the suite's folder (default: ablations/NAME)"
     )
     ablate.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     ablate.add_argument(
@@ -137,7 +137,7 @@ def add_parser(kinds: Any) -> None:
     )
     ablate.add_argument(
         "--write-configs",
-        type=Path,
+        type=to_path,
         metavar="FOLDER",
         help="write the configuration of each run as a file for train.py --config, and stop",
     )

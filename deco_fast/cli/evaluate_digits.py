@@ -17,7 +17,7 @@ from deco_fast import __version__
 from deco_fast.checkpoint import load_checkpoint
 from deco_fast.checkpoint.find import locate
 from deco_fast.checkpoint.format import WEIGHTS
-from deco_fast.cli.parser import checked, number, one_of, whole_number
+from deco_fast.cli.parser import checked, not_empty, number, one_of, to_path, whole_number
 from deco_fast.errors import UserError
 from deco_fast.evaluation.digits import DigitsEvaluator
 from deco_fast.evaluation.report import REPORT_FILE, report_folder, write_report
@@ -172,20 +172,21 @@ def add_parser(kinds: Any) -> None:
     images = digits.add_argument_group("images")
     images.add_argument(
         "--checkpoint",
+        type=not_empty,
         metavar="PATH",
         help="as for sample.py (default: the newest run that has finished, else the checkpoint "
         "that ships with the package)",
     )
     images.add_argument(
         "--runs",
-        type=Path,
+        type=to_path,
         default=Path("runs"),
         metavar="FOLDER",
         help="where runs are looked for (default: %(default)s)",
     )
     images.add_argument(
         "--images",
-        type=Path,
+        type=to_path,
         metavar="FILE",
         help="an npz file of sample.py --npz, instead of drawing",
     )
@@ -202,7 +203,7 @@ def add_parser(kinds: Any) -> None:
     )
     digits.add_argument(
         "--out",
-        type=Path,
+        type=to_path,
         metavar="FOLDER",
         help="for the report and the picture (default: evaluations/digits-…)",
     )

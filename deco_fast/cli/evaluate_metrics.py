@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deco_fast import __version__
-from deco_fast.cli.parser import checked, whole_number
+from deco_fast.cli.parser import checked, to_path, whole_number
 from deco_fast.errors import UserError
 from deco_fast.evaluation.extractors import EXTRACTORS, check_extractor, open_extractor
 from deco_fast.evaluation.image_sets import open_images
@@ -20,6 +20,7 @@ from deco_fast.evaluation.metrics import (
     parse_metrics,
 )
 from deco_fast.evaluation.report import REPORT_FILE, report_folder, write_report
+from deco_fast.evaluation.statistics import holds_statistics
 from deco_fast.sampling.writers import check_writable
 from deco_fast.training.distributed import Processes, join_processes
 
@@ -40,8 +41,17 @@ def run(options: argparse.Namespace) -> int:
         check_writable(options.out, "--out")
     if options.save_statistics:
         check_writable(options.save_statistics.parent, "--save-statistics")
+        _check_replaceable(options.save_statistics, options.reference)
     with join_processes(options.device) as processes:
         return _run(options, processes)
+
+
+def _check_replaceable(path: Path, reference: Path) -> None:
+    """Raise UserError where the statistics would take the place of something else."""
+    is_reference = path.exists() and reference.exists() and path.samefile(reference)
+    if is_reference or (path.exists() and not holds_statistics(path)):
+        what = "is the reference itself" if is_reference else "exists and holds no statistics"
+        raise UserError(f"--save-statistics {path} {what}: choose another file")
 
 
 def _run(options: argparse.Namespace, processes: Processes) -> int:
@@ -99,20 +109,20 @@ def add_parser(kinds: Any) -> None:
     )
     metrics.add_argument(
         "--images",
-        type=Path,
+        type=to_path,
         metavar="PATH",
         help="an npz file of sample.py --npz, or a folder of images",
     )
     metrics.add_argument(
         "--reference",
-        type=Path,
+        type=to_path,
         required=True,
         metavar="PATH",
         help="the same, or statistics: --save-statistics', a batch of the ADM suite, pytorch-fid's",
     )
     metrics.add_argument(
         "--save-statistics",
-        type=Path,
+        type=to_path,
         metavar="FILE.npz",
         help="keep the statistics of the reference, for the next --reference",
     )
@@ -147,6 +157,9 @@ def add_parser(kinds: Any) -> None:
         "--device", default="auto", help="auto, cpu or cuda (default: %(default)s)"
     )
     metrics.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="for the report (default: evaluations/metrics-…)"
+        "--out",
+        type=to_path,
+        metavar="FOLDER",
+        help="for the report (default: evaluations/metrics-…)",
     )
     metrics.set_defaults(run=run)

@@ -12,7 +12,7 @@ from deco_fast import __version__
 from deco_fast.checkpoint import load_checkpoint
 from deco_fast.checkpoint.find import locate
 from deco_fast.checkpoint.format import WEIGHTS
-from deco_fast.cli.parser import checked, one_of, whole_number
+from deco_fast.cli.parser import checked, not_empty, one_of, to_path, whole_number
 from deco_fast.errors import UserError
 from deco_fast.evaluation.report import report_folder, write_report
 from deco_fast.evaluation.spectrum import TIMESTEPS, Spectrum, measure_spectra, parse_timesteps
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         "deco_fast": __version__,
     }
     default = Path("evaluations") / f"spectrum-{'-'.join(models)}"
-    folder = report_folder(options.out, default, source)
+    folder = report_folder(options.out, default, source, (CSV_FILE, *FIGURE_FILES))
 
     batch_size = options.batch_size or default_batch_size(device, height, width)
     spectra: list[Spectrum] = []
@@ -123,6 +123,7 @@ def add_parser(kinds: Any) -> None:
     )
     spectrum.add_argument(
         "checkpoints",
+        type=not_empty,
         nargs="*",
         metavar="[NAME=]PATH",
         help="as for sample.py --checkpoint, with the name for the figure (default: the newest run "
@@ -130,7 +131,7 @@ def add_parser(kinds: Any) -> None:
     )
     spectrum.add_argument(
         "--runs",
-        type=Path,
+        type=to_path,
         default=Path("runs"),
         metavar="FOLDER",
         help="where runs are looked for (default: %(default)s)",
@@ -163,7 +164,7 @@ def add_parser(kinds: Any) -> None:
     )
     spectrum.add_argument(
         "--out",
-        type=Path,
+        type=to_path,
         metavar="FOLDER",
         help="for numbers and figure (default: evaluations/spectrum-…)",
     )

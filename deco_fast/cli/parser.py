@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from deco_fast.errors import UserError, nearest
@@ -42,6 +43,18 @@ class CommandParser(argparse.ArgumentParser):
             for option in action.option_strings
             if option.startswith("--")
         ]
+
+
+def to_path(text: str) -> Path:
+    """For `type=`: a path, which is not empty, as a variable that is not set would have it."""
+    return Path(not_empty(text))
+
+
+def not_empty(text: str) -> str:
+    """For `type=`: a path, or a name that stands for one, as it was written."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: name a path")
+    return text
 
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:

@@ -6,6 +6,7 @@ import argparse
 import functools
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from deco_fast import __version__, ops
 from deco_fast.checkpoint import load_checkpoint, read_card, read_config
 from deco_fast.checkpoint.find import locate
+from deco_fast.checkpoint.lock import alone_in
 from deco_fast.cli.sample_options import DTYPES, sample_parser
 from deco_fast.compiling import explain_compile_errors, keep_compiled_code
 from deco_fast.conditioning.qwen3 import Qwen3TextEncoder
@@ -187,6 +189,23 @@ def _run(plan: _Plan, options: argparse.Namespace, processes: Processes) -> int:
     if output.finished:
         say("finished", f"{output.path} holds these images already; --overwrite draws them again")
         return 0
+    # A file of npz is made of the batches in a folder beside it.
+    place = output.partial if isinstance(output, NpzFile) else output.path
+    with alone_in(place) if processes.is_main else nullcontext():
+        return _fill(output, plan, options, processes, engine_of, batch_size, say)
+
+
+def _fill(
+    output: Output,
+    plan: _Plan,
+    options: argparse.Namespace,
+    processes: Processes,
+    engine_of: Callable[..., SamplingEngine],
+    batch_size: int,
+    say: Callable[[str, str], None],
+) -> int:
+    """Draw what the output does not hold yet."""
+    num = len(plan.job.labels)
     own = share(num, batch_size, processes.rank, processes.world_size)
     pending = output.pending(own)
     if len(pending) < len(own):
@@ -208,7 +227,7 @@ def _run(plan: _Plan, options: argparse.Namespace, processes: Processes) -> int:
             [every[index] for index in pending],
             pending,
             seed=options.seed,
-            uncondition=None if encoder is None else options.negative_prompt,
+            uncondition=None if plan.job.prompts is None else options.negative_prompt,
             progress=processes.is_main,
         )
         for indices, images in batches:
@@ -281,9 +300,22 @@ def _open_output(
 
     if processes.is_main:
         output = choose()
+        _check_grid(options, output)
         output.open(options.overwrite)
     processes.barrier()
     return output if processes.is_main else choose()
+
+
+def _check_grid(options: argparse.Namespace, output: Output) -> None:
+    """Raise UserError where a grid would take the place of what is not one of these images."""
+    if not isinstance(output, NpzFile) or options.overwrite:
+        return
+    grid = _grid_path(options, output)
+    if grid.exists() and not output.path.exists() and not output.partial.exists():
+        raise UserError(
+            f"{grid} exists, where the grid of {output.path} goes: choose another --npz, or "
+            "--overwrite it"
+        )
 
 
 def _grid_path(options: argparse.Namespace, output: Output) -> Path:

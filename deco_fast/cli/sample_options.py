@@ -8,7 +8,15 @@ from pathlib import Path
 import torch
 
 from deco_fast.checkpoint.format import WEIGHTS
-from deco_fast.cli.parser import CommandParser, checked, number, one_of, whole_number
+from deco_fast.cli.parser import (
+    CommandParser,
+    checked,
+    not_empty,
+    number,
+    one_of,
+    to_path,
+    whole_number,
+)
 from deco_fast.models.presets import PRESETS, preset
 from deco_fast.sampling.recipes import RECIPES, check_recipe
 from deco_fast.solvers import MAX_ORDER, check_solver
@@ -52,6 +60,7 @@ def sample_parser() -> CommandParser:
 def _add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--checkpoint",
+        type=not_empty,
         metavar="PATH",
         help="a run folder, a checkpoint folder, a .safetensors or published .ckpt file, or "
         "hf:owner/repository/file (default: the newest run that has finished, else the "
@@ -59,7 +68,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--runs",
-        type=Path,
+        type=to_path,
         default=Path("runs"),
         metavar="FOLDER",
         help="where runs are looked for (default: %(default)s)",
@@ -114,18 +123,18 @@ def _add_text_options(group: argparse._ArgumentGroup) -> None:
         "unconditional",
     )
     source.add_argument(
-        "--prompts-file", type=Path, metavar="FILE", help="a prompt on each line, in UTF-8"
+        "--prompts-file", type=to_path, metavar="FILE", help="a prompt on each line, in UTF-8"
     )
     source.add_argument(
         "--geneval",
-        type=Path,
+        type=to_path,
         metavar="FILE",
         help="four images for each line of GenEval's evaluation_metadata.jsonl, in the folders "
         "that its scorer reads; typed again, the command goes on",
     )
     source.add_argument(
         "--dpg",
-        type=Path,
+        type=to_path,
         metavar="FOLDER",
         help="a grid of 2×2 images for each file of DPG's prompts/, in the folder that its scorer "
         "reads; typed again, the command goes on",
@@ -180,14 +189,14 @@ def _add_settings_options(group: argparse._ArgumentGroup) -> None:
 def _add_output_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--out",
-        type=Path,
+        type=to_path,
         metavar="FOLDER",
         help="for the PNG files and the grid "
         "(default: samples/CHECKPOINT-SOLVERSTEPS-seedSEED, numbered if that is taken)",
     )
     group.add_argument(
         "--npz",
-        type=Path,
+        type=to_path,
         metavar="FILE",
         help="write one npz file instead of PNG files; typed again after it was killed, the "
         "command goes on where it was",
