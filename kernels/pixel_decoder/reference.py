@@ -94,7 +94,8 @@ def _product_features(patch_size: int, device: torch.device | None) -> Tensor:
 
 def _axial_features(patch_size: int, device: torch.device | None) -> Tensor:
     place = torch.linspace(0, patch_size, patch_size, device=device, dtype=torch.float32)
-    exponent = torch.arange(POSITION_FEATURES // 2).to(place) / (POSITION_FEATURES // 2)
+    exponent = torch.arange(POSITION_FEATURES // 2, device=device).to(place)
+    exponent = exponent / (POSITION_FEATURES // 2)
     cosine_PK = torch.cos(place[:, None] * 10000.0**-exponent)
     of_x = cosine_PK[None, :].expand(patch_size, -1, -1)
     of_y = cosine_PK[:, None].expand(-1, patch_size, -1)
