@@ -36,7 +36,7 @@ from deco_fast.sampling.run import (
     weights_checksum,
 )
 from deco_fast.sampling.source import checkpoint_name, newest_finished_run
-from deco_fast.sampling.writers import NpzFile
+from deco_fast.sampling.writers import NpzFile, PngFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = DeCoConfig(
@@ -490,6 +490,40 @@ class TestOutput:
         assert {file.name for file in Path("new").iterdir()} == {"a.npz", "a-grid.png"}
         assert run(*options, "--npz", "b.npz", "--out", "out") == 0
         assert [file.name for file in Path("out").iterdir()] == ["grid.png"]
+
+    def test_a_folder_goes_on_where_it_was(
+        self,
+        checkpoint: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        drawn: list[int] = []
+        write = PngFolder.write
+
+        def counted(self: PngFolder, indices: list[int], images: Tensor) -> None:
+            drawn.extend(indices)
+            write(self, indices, images)
+
+        monkeypatch.setattr(PngFolder, "write", counted)
+        options = ("--checkpoint", checkpoint, "--num", 5, "--batch-size", 2, "--out", "out")
+        assert run(*options) == 0
+        before = pngs(Path("out"))
+        # As an interrupt leaves it.
+        for name in list(before)[2:]:
+            Path("out", name).unlink()
+        Path("out/grid.png").unlink()
+        Path("out/.000002-class2.png.tmp-0123abcd").write_bytes(b"half")
+        assert run(*options) == 0
+        assert "2 of 5 images are in out" in capsys.readouterr().out
+        assert drawn == [0, 1, 2, 3, 4, 2, 3, 4] and Path("out/grid.png").exists()
+        assert not list(Path("out").glob(".*"))
+        for name, image in pngs(Path("out")).items():
+            assert most_different(image, before[name]) <= 1  # another batch may round otherwise
+        assert run(*options) == 0
+        assert "out holds these images already; --overwrite" in capsys.readouterr().out
+        assert len(drawn) == 8
+        assert run(*options, "--overwrite") == 0
+        assert drawn[8:] == [0, 1, 2, 3, 4]
 
     def test_finished_npz_is_not_drawn_again(
         self,

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from deco_fast.checkpoint.atomic import atomic_file
+from deco_fast.checkpoint.atomic import atomic_file, remove_leftovers
 from deco_fast.errors import UserError
 
 Settings = Mapping[str, Any]
@@ -47,9 +47,6 @@ class PngFolder:
         kind: of the labels, "class" or "prompt".
     """
 
-    finished = False
-    """It is never known to be: all images are drawn again."""
-
     def __init__(
         self, folder: Path, settings: Settings, labels: Sequence[int], kind: str = "class"
     ) -> None:
@@ -58,8 +55,13 @@ class PngFolder:
         self.labels = labels
         self.kind = kind
 
+    @property
+    def finished(self) -> bool:
+        """Whether all images are there, and their grid."""
+        return (self.path / GRID_FILE).exists() and not self.pending(range(len(self.labels)))
+
     def open(self, overwrite: bool = False) -> None:
-        """Make the folder; with `overwrite`, delete the images of other settings that it holds.
+        """Make the folder; with `overwrite`, delete the images that it holds.
 
         Raises:
             UserError: it cannot be written, holds images of other settings, or files that are
@@ -70,9 +72,10 @@ class PngFolder:
             raise UserError(f"{self.path} {difference}: choose another --out, or --overwrite them")
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            if difference:
+            if overwrite:
                 for file in self._images():
                     file.unlink()
+            remove_leftovers(self.path)
         write_settings(self.path / SETTINGS_FILE, self.settings)
 
     def difference(self) -> str:
@@ -90,8 +93,8 @@ class PngFolder:
         return f"holds {min(foreign)} without {SETTINGS_FILE}" if foreign else ""
 
     def pending(self, indices: Sequence[int]) -> list[int]:
-        """Those of the images that are still to be drawn: all."""
-        return list(indices)
+        """Those of the images that are still to be drawn."""
+        return [index for index in indices if not self._file(index).exists()]
 
     def write(self, indices: Sequence[int], images: Tensor) -> None:
         """Write uint8 images (B, H, W, 3).
