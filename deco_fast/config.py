@@ -239,11 +239,6 @@ class RunConfig(_Section):
                 )
         built_in = {"digits": 10, "photographs": 2}.get(self.data.dataset)
         is_text = isinstance(self.model, DeCoT2IConfig)
-        if built_in is not None and self.data.root is not None:
-            raise ValueError(
-                f"data.root has no effect with data.dataset {self.data.dataset}: add "
-                "--data.dataset folder, or leave it out"
-            )
         if is_text and built_in is not None:
             raise ValueError(
                 f"data.dataset {self.data.dataset} has no captions: use folder or shards"

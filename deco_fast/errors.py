@@ -29,7 +29,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"; choose {', '.join(sorted(options))}"
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """By what torch calls it: its module need not be imported, and on a CPU it has no class."""
     return (
         isinstance(error, MemoryError)
@@ -41,17 +41,25 @@ def _is_out_of_memory(error: Exception) -> bool:
 def report(error: BaseException) -> int:
     """Tell of what ends a command, on stderr, and return the status that it ends with.
 
-    A `UserError` is the line `error: …` and status 2, which is also what argparse gives for a wrong
-    option; an interrupt is 130 (128 + SIGINT). Any other exception is a fault of ours: its
-    traceback, and 1.
+    A `UserError`, and too little memory, is the line `error: …` and status 2, which is also what
+    argparse gives for a wrong option; an interrupt is 130 (128 + SIGINT). Any other exception is a
+    fault of ours: its traceback, and 1.
     """
+    if isinstance(error, SystemExit):
+        # argparse leaves this way: 2 after a wrong option, 0 after --help.
+        if not isinstance(error.code, str):
+            return error.code or 0
+        error = UserError(error.code)
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    if _is_out_of_memory(error):
+        reason = str(error).strip().partition("\n")[0]
+        error = UserError(f"out of memory ({reason}): choose smaller batches or images")
     if isinstance(error, UserError):
         # A message that quotes a library's own may carry its line breaks.
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    if isinstance(error, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-        return 130
     traceback.print_exception(error)
     return 1
 
@@ -73,23 +81,12 @@ def run_command(main: Callable[P, int | None]) -> Callable[P, int]:
     def command(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             return main(*args, **kwargs) or 0
-        except (UserError, KeyboardInterrupt) as error:
+        except (UserError, KeyboardInterrupt, SystemExit) as error:
             return report(error)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            return report(
-                UserError(
-                    f"out of memory ({str(error).strip().partition(chr(10))[0]}): choose smaller "
-                    "batches or images"
-                )
-            )
-        except SystemExit as stop:
-            # argparse leaves this way: 2 after a wrong option, 0 after --help.
-            if isinstance(stop.code, str):
-                print("error:", stop.code, file=sys.stderr)
-                return 2
-            return stop.code or 0
+            return report(error)
 
     return command
 

@@ -239,6 +239,14 @@ class TestDrawing:
         assert settings["seed"] == 7
         assert settings["command"] == drawn.command
 
+    def test_a_checkpoint_does_not_choose_where_files_go(
+        self, by_class: ServedModel, tmp_path: Path
+    ) -> None:
+        (tmp_path / "in").mkdir()
+        by_class.card = replace(by_class.card, name="../../out/x")
+        _, drawn = draw(by_class, FIELDS, tmp_path / "in")
+        assert drawn.archive == tmp_path / "in" / ".._.._out_x-euler4-seed7.zip"
+
     def test_prompts_that_are_cut_are_named(self, by_text: ServedModel, tmp_path: Path) -> None:
         _, drawn = draw(by_text, {**TEXT_FIELDS, "prompt": "x" * 100_000, "num": 1}, tmp_path)
         assert drawn.notes[0].startswith("cut: of 100,000 tokens the first 8 are used: 'xxx")

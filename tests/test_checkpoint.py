@@ -96,6 +96,12 @@ def folder(tmp_path: Path) -> Path:
     )
 
 
+@pytest.mark.parametrize("content", ["[]", "{", '{"ema.safetensors": "sha256:00"}'])
+def test_checksums_of_others_are_none_of_ours(folder: Path, content: str) -> None:
+    (folder / "checksums.json").write_text(content)
+    load_checkpoint(folder / "ema.safetensors")
+
+
 def names_in(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
@@ -389,6 +395,16 @@ def test_replacing_a_checkpoint_never_leaves_none(
     assert seen == [STEP, f"{STEP}.previous", f"{STEP}.previous", STEP]
     assert names_in(folder.parent) == [STEP]
     assert_same_weights(load_checkpoint(folder), random_model(6))
+
+
+def test_a_folder_of_the_user_called_previous_is_not_deleted(folder: Path) -> None:
+    previous = folder.with_name(f"{STEP}.previous")
+    previous.mkdir()
+    (previous / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="thesis"):
+        save_checkpoint(folder, model=random_model(5), ema=random_model(6), card=CARD)
+    assert (previous / "thesis.txt").read_text() == "mine"
+    assert_same_weights(load_checkpoint(folder), random_model(2))
 
 
 def test_killed_between_the_two_renames(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

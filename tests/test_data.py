@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from deco_fast.data import DigitsDataset, EpochBatches
-from deco_fast.data.transforms import centre_crop, normalise, to_pixels, to_rgb
+from deco_fast.data.transforms import Crop, centre_crop, crop_to_size, normalise, to_pixels, to_rgb
 
 # --- digits ---------------------------------------------------------------------------------
 
@@ -183,6 +183,13 @@ def test_centre_crop_takes_the_middle(width: int, height: int, size: int) -> Non
     y = 255 * (0.5 + centres * short / height)
     np.testing.assert_allclose(red.mean(1)[middle], x[middle], atol=tolerance)
     np.testing.assert_allclose(green.mean(0)[middle], y[middle], atol=tolerance)
+
+
+@pytest.mark.parametrize("crop", ["adm", "bilinear"])
+def test_an_image_too_narrow_to_enlarge_is_refused_and_takes_no_memory(crop: Crop) -> None:
+    for width, height in ((1, 60_000), (60_000, 1)):
+        with pytest.raises(ValueError, match=f"{width}×{height} is too long and narrow"):
+            crop_to_size(Image.new("RGB", (width, height)), 256, 256, crop)
 
 
 def test_centre_crop_is_the_adm_crop() -> None:

@@ -139,7 +139,8 @@ def test_a_damaged_newest_checkpoint_costs_only_itself(
     capsys.readouterr()
     assert run(folder, 5, every) == 0
     out = capsys.readouterr().out
-    assert f"{line}: going on from the one before" in out
+    assert f"{line}: going on from the one before (now step-00000004.damaged)" in out
+    assert (folder / "checkpoints" / "step-00000004.damaged" / name).exists()
     assert "at step 2 of 5" in out
     assert_identical(whole, saved(folder, 5))
 
@@ -158,10 +159,13 @@ def test_a_damaged_checkpoint_never_displaces_a_later_whole_one(tmp_path: Path) 
     assert run(folder, 10, keep, constant, "--max-time=0s") == 0
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
         "step-00000003",
-        "step-00000006",
+        "step-00000006.damaged",
     ]
     assert run(folder, 10, keep, constant) == 0
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000010"]
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
+        "step-00000006.damaged",
+        "step-00000010",
+    ]
 
 
 def test_a_grid_that_cannot_be_drawn_costs_nothing_but_itself(
@@ -205,6 +209,7 @@ def test_a_start_that_failed_does_not_stand_in_the_way_of_the_next(
         assert run(folder, 2) == 2
     assert "(No space left on device): free some space" in capsys.readouterr().err
     # As a kill at that moment leaves it.
+    folder.mkdir()
     (folder / ".config.yaml.tmp-0123abcd").write_text("output:")
     assert run(folder, 2) == 0
     assert not list(folder.glob(".*"))
@@ -332,6 +337,10 @@ def test_an_error_among_gpus_ends_the_process_without_waiting_for_the_others(
         raise UserError("a disk is full: free some space")
     assert ended.value.args == (2,) and left == [True]
     assert capsys.readouterr().err == "error: a disk is full: free some space\n"
+    with pytest.raises(Ended) as ended, distributed.join_processes("cuda"):
+        raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+    assert ended.value.args == (2,) and left == [True]
+    assert capsys.readouterr().err.startswith("error: out of memory (Tried to allocate 2 GiB)")
 
 
 # A loss that is no number, or explodes
@@ -408,9 +417,12 @@ def test_a_finished_run_can_be_given_more_steps(
     assert run(tmp_path / "whole", 6, constant) == 0
     assert run(tmp_path / "run", 3, constant) == 0
     capsys.readouterr()
-    assert run(tmp_path / "run", 6, constant) == 0
+    assert run(tmp_path / "run", 6, constant, "--max-time=0s") == 0
+    assert not (tmp_path / "run" / "finished").exists()
     assert "from here on training.steps was 3, is 6" in capsys.readouterr().out
+    assert run(tmp_path / "run", 6, constant) == 0
     assert_identical(saved(tmp_path / "whole", 6), saved(tmp_path / "run", 6))
+    capsys.readouterr()
     assert run(tmp_path / "run", 6, constant) == 0
     assert "has finished all 6 steps" in capsys.readouterr().out
     # Where the learning rate falls towards the end, it would not have been the same run.

@@ -85,7 +85,8 @@ def damage(folder: Path) -> list[str]:
     whole = (folder / "bee/x.jpg").read_bytes()
     (folder / "bee/x.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "bee/y.webp").write_text("<html>not found</html>")
-    (folder / "cat/only.bmp").write_bytes(b"")
+    # Pillow would have Ghostscript run this, if it is there.
+    (folder / "cat/only.bmp").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
     return ["bee/x.jpg", "bee/y.webp", "cat/only.bmp"]
 
 

@@ -775,11 +775,11 @@ def test_the_bar_follows_the_bytes_on_the_disk(
     seen = threading.Event()
     monkeypatch.setattr(progress, "tqdm", Bar)
     monkeypatch.setattr(progress, "_INTERVAL", 0.001)
-    (tmp_path / ".older").write_bytes(bytes(5000))
+    (tmp_path / ".older.tmp-00").write_bytes(bytes(5000))
     with progress.written_bytes_bar(tmp_path, 20_000, "writing"):
-        (tmp_path / ".new.tmp").mkdir()
+        (tmp_path / ".new.tmp-11").mkdir()
         for name in ("a", "b"):
-            (tmp_path / ".new.tmp" / name).write_bytes(os.urandom(5000))
+            (tmp_path / ".new.tmp-11" / name).write_bytes(os.urandom(5000))
         for _ in range(10_000):  # some file systems allocate late
             if shown[-1:] == [10_000]:
                 break

@@ -741,6 +741,26 @@ class TestExport:
         assert "--force" in errors[1]
         assert "mine.txt" in errors[2]
 
+    @pytest.mark.parametrize("scheme", ["", "beside:../"], ids=["a path", "beside"])
+    def test_a_checkpoint_does_not_choose_what_is_published(
+        self,
+        text_model: DeCoNetwork,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        scheme: str,
+    ) -> None:
+        secret = tmp_path / "secret"
+        secret.mkdir()
+        (secret / "config.json").write_text('{"auths": {}}')
+        assert text_model.card is not None
+        place = scheme + "secret" if scheme else str(secret)
+        card = replace(text_model.card, text_encoder=place)
+        path = save_checkpoint(tmp_path / "run", model=None, ema=text_model, card=card)
+        assert main(["export", str(path), str(tmp_path / "published")]) == 2
+        error = capsys.readouterr().err
+        assert "is not beside it" in error or "holds no text encoder of type qwen3" in error
+        assert not (tmp_path / "published").exists()
+
     def test_a_text_encoder_that_is_gone(
         self,
         text_model: DeCoNetwork,

@@ -67,6 +67,19 @@ def test_the_empty_prompt_is_padding_alone(encoder: Qwen3TextEncoder) -> None:
     assert not torch.allclose(features, encoder(["a"])[0], atol=1e-2)
 
 
+def test_no_code_of_the_folder_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would ask, and someone, or a script, would say yes."""
+    folder = tiny_qwen3.save(tmp_path / "encoder")
+    described = json.loads((folder / "config.json").read_text())
+    described |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
+    (folder / "config.json").write_text(json.dumps(described))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match=r"no text encoder at|is of type evil"):
+        Qwen3TextEncoder(str(folder), length=LENGTH, size=SIZE)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_prompts_are_encoded_once_and_never_mixed_up() -> None:
     encoder = Qwen3TextEncoder(str(tiny_qwen3.folder()), length=LENGTH, size=SIZE)
     encoder._cache.clear()

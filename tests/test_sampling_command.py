@@ -106,14 +106,35 @@ class TestNothingIsLost:
         assert run(*options, "--overwrite") == 0
         assert run(*options) == 0  # finished already
 
+    @pytest.mark.parametrize("more", [(), ("--overwrite", "--seed", 1)], ids=["same", "overwrite"])
     @pytest.mark.parametrize("option", [("--npz", "a.npz"), ("--out", "a")], ids=["npz", "folder"])
     def test_two_commands_do_not_write_to_one_place(
-        self, checkpoint: Path, option: tuple[str, str], capsys: pytest.CaptureFixture[str]
+        self,
+        checkpoint: Path,
+        option: tuple[str, str],
+        more: tuple[object, ...],
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
-        with alone_in(Path("a.npz.partial" if option[0] == "--npz" else "a")):
-            assert run("--checkpoint", checkpoint, "--num", 2, *option) == 2
-        assert "is in use by another program" in capsys.readouterr().err
-        assert run("--checkpoint", checkpoint, "--num", 2, *option) == 0
+        place = Path("a.npz.partial" if option[0] == "--npz" else "a")
+        options = ("--checkpoint", checkpoint, "--num", 2, *option)
+        with alone_in(place):
+            # What the first command has written, and is writing.
+            contents = {"settings.json": b"{}", ".000000-class0.png.tmp-0123abcd": b"half"}
+            for name, content in contents.items():
+                (place / name).write_bytes(content)
+            assert run(*options, *more) == 2
+            assert "is in use by another program" in capsys.readouterr().err
+            assert {path.name: path.read_bytes() for path in place.iterdir()} == contents
+        assert run(*options, "--overwrite") == 0
+
+    def test_what_is_refused_leaves_no_folder(self) -> None:
+        with pytest.raises(ZeroDivisionError), alone_in(Path("new")):
+            assert Path("new").is_dir()
+            raise ZeroDivisionError
+        assert not Path("new").exists()
+        with alone_in(Path("new")):
+            Path("new/image.png").write_bytes(b"")
+        assert Path("new/image.png").exists()
 
     def test_a_damaged_checkpoint_is_not_drawn_from(
         self, checkpoint: Path, capsys: pytest.CaptureFixture[str]

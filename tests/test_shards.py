@@ -127,6 +127,19 @@ def test_samples_of_many_kinds(tmp_path: Path) -> None:
     assert "txt" in index.fields and "seg.png" in index.fields
 
 
+@pytest.mark.parametrize(
+    ("field", "content"),
+    [("cls", b"9" * 30), ("json", b'{"label": %s}' % (b"9" * 30)), ("json", b"[" * 20_000)],
+    ids=["no label can be so large", "nor in JSON", "JSON as deep as a well"],
+)
+def test_a_label_that_cannot_be_meant_is_none(tmp_path: Path, field: str, content: bytes) -> None:
+    write_tar(
+        tmp_path / "0.tar",
+        [("a.png", encoded(10)), (f"a.{field}", content), *sample("b", 20, 1)],
+    )
+    assert scan(tmp_path / "0.tar").labels.tolist() == [-1, 1]
+
+
 def test_archives_that_were_joined(tmp_path: Path) -> None:
     write_tar(tmp_path / "a", sample("a", 10, 0))
     write_tar(tmp_path / "b", sample("b", 20, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -145,7 +146,9 @@ def _write(
 ) -> Drawn:
     """Files of images, uint8 (N, H, W, 3), and of what led to them."""
     command = as_typed(sample_command(served, request))
-    name = f"{served.card.name}-{request.settings.solver}{request.settings.steps}"
+    # The name is the checkpoint's, and may be no name of a file.
+    model = re.sub(r"[^\w.-]+", "_", served.card.name)
+    name = f"{model}-{request.settings.solver}{request.settings.steps}"
     kind = "class" if request.job.prompts is None else "prompt"
     settings = {
         "command": command,

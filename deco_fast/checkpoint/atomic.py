@@ -59,8 +59,10 @@ def atomic_folder(folder: Path, owned: Collection[str]) -> Iterator[Path]:
     temporary = _temporary(folder)
     try:
         _refuse_foreign_files(folder, owned)
+        # It would be deleted as what a killed program left.
+        _refuse_foreign_files(folder.with_name(folder.name + PREVIOUS_SUFFIX), owned)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_temporaries(folder.parent, folder.name)
+        remove_temporaries(folder.parent, folder.name)
         temporary.mkdir()
         yield temporary
         for entry in temporary.rglob("*"):
@@ -80,8 +82,8 @@ def previous_or_self(folder: Path) -> Path:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Delete what killed programs left half-written in a folder that nobody else is writing to."""
-    _remove_temporaries(parent, "*")
+    """Delete what killed programs left in a folder of checkpoints that nobody else writes to."""
+    remove_temporaries(parent)
     for previous in parent.glob(f"*{PREVIOUS_SUFFIX}"):
         if previous.with_name(previous.name.removesuffix(PREVIOUS_SUFFIX)).exists():
             shutil.rmtree(previous, ignore_errors=True)
@@ -96,7 +98,8 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
 
 
-def _remove_temporaries(parent: Path, name: str) -> None:
+def remove_temporaries(parent: Path, name: str = "*") -> None:
+    """Delete what killed programs left half-written in a folder that nobody else is writing to."""
     for leftover in parent.glob(f".{name}.tmp-*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)

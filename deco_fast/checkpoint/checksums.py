@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from deco_fast.errors import UserError
+
 CHECKSUMS_FILE = "checksums.json"
 _PIECE = 2**22
 
@@ -43,16 +45,24 @@ def damaged_file(folder: Path) -> str | None:
     return None
 
 
-def is_damaged(path: Path) -> bool:
-    """Whether a file's content is another than was noted beside it; reads all of it.
+def check_undamaged(path: Path) -> None:
+    """Read a file and see that its content is what was noted beside it, if something was.
 
-    False where nothing was noted of it.
+    Raises:
+        UserError: it is not.
     """
     try:
-        entry = _read(path.parent).get(path.name)
-        return entry is not None and _digest(path) != entry["blake2b"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return True
+        noted = json.loads((path.parent / CHECKSUMS_FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return
+    entry = noted.get(path.name) if isinstance(noted, dict) else None
+    # Others may have files of that name, with something else in them.
+    expected = entry.get("blake2b") if isinstance(entry, dict) else None
+    if isinstance(expected, str) and _digest(path) != expected:
+        raise UserError(
+            f"{path} is damaged: its checksum is not the one in {CHECKSUMS_FILE} beside it; "
+            "restore it from a backup, or name an earlier checkpoint"
+        )
 
 
 def _read(folder: Path) -> dict[str, Any]:

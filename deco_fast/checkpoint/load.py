@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from deco_fast.checkpoint.checksums import CHECKSUMS_FILE, is_damaged
+from deco_fast.checkpoint.checksums import check_undamaged
 from deco_fast.checkpoint.find import locate
 from deco_fast.checkpoint.format import TRAINING_FILE, WEIGHTS
 from deco_fast.checkpoint.sniff import open_source
@@ -56,11 +56,7 @@ def load_checkpoint(
         raise UserError(f"weights cannot be {dtype}: choose float32, bfloat16 or float16")
     target = _usable(device)
     source = open_checkpoint(path, weights, preset)
-    if is_damaged(source.path):
-        raise UserError(
-            f"{source.path} is damaged: its checksum is not the one in {CHECKSUMS_FILE} beside it; "
-            "restore it from a backup, or name an earlier checkpoint"
-        )
+    check_undamaged(source.path)
     model = source.empty_model()
     state = {name: source.read(name).to(device=target, dtype=dtype) for name in model.state_dict()}
     # The tensors become the parameters; nothing is copied into memory that was made for them.

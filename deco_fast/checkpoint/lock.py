@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from deco_fast.errors import UserError
@@ -20,12 +20,13 @@ except ImportError:  # Windows
 def alone_in(folder: Path) -> Iterator[None]:
     """Keep other programs that call this from writing to a folder; its end ends with the program.
 
-    The folder itself is locked, so nothing is left behind. Where the system cannot (Windows, some
-    network disks) nothing is kept off.
+    The folder itself is locked, so nothing is left behind: not even the folder, if it was made here
+    and stayed empty. Where the system cannot lock (Windows, some network disks) nobody is kept off.
 
     Raises:
         UserError: another one is in it, or it cannot be made.
     """
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
@@ -45,5 +46,8 @@ def alone_in(folder: Path) -> Iterator[None]:
                     ) from error
         yield
     finally:
+        if is_new:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
         if handle is not None:
             os.close(handle)

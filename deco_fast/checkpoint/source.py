@@ -149,9 +149,13 @@ def _at_its_place(card: ModelCard, path: Path) -> ModelCard:
     """With the path of a text encoder that lies beside the weights file."""
     if card.text_encoder is None or not card.text_encoder.startswith(BESIDE_SCHEME):
         return card
-    return replace(
-        card, text_encoder=str(path.parent / card.text_encoder.removeprefix(BESIDE_SCHEME))
-    )
+    name = card.text_encoder.removeprefix(BESIDE_SCHEME)
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UserError(
+            f"{path} names a text encoder '{card.text_encoder}' that is not beside it: "
+            "do not use this file"
+        )
+    return replace(card, text_encoder=str(path.parent / name))
 
 
 def _read_projector(path: Path, header: Header) -> dict[str, Tensor]:

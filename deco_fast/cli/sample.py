@@ -185,13 +185,23 @@ def _run(plan: _Plan, options: argparse.Namespace, processes: Processes) -> int:
         f"{options.dtype} on {processes.world_size} × {processes.device}, batch {batch_size}",
     )
 
-    output = _open_output(plan, options, processes, _record(plan, options, model))
-    if output.finished:
-        say("finished", f"{output.path} holds these images already; --overwrite draws them again")
-        return 0
-    # A file of npz is made of the batches in a folder beside it.
-    place = output.partial if isinstance(output, NpzFile) else output.path
-    with alone_in(place) if processes.is_main else nullcontext():
+    # The first process makes the place for the images, alone in it, then the others find it.
+    record = _record(plan, options, model)
+    output = _choose_output(plan, options, record) if processes.is_main else None
+    if output is not None:
+        _check_grid(options, output)
+    with alone_in(_place(output)) if output is not None else nullcontext():
+        if output is not None:
+            output.open(options.overwrite)
+        processes.barrier()
+        if output is None:
+            output = _choose_output(plan, options, record)
+        if output.finished:
+            say(
+                "finished",
+                f"{output.path} holds these images already; --overwrite draws them again",
+            )
+            return 0
         return _fill(output, plan, options, processes, engine_of, batch_size, say)
 
 
@@ -282,28 +292,21 @@ def _record(plan: _Plan, options: argparse.Namespace, model: DeCoNetwork) -> dic
     }
 
 
-def _open_output(
-    plan: _Plan, options: argparse.Namespace, processes: Processes, record: dict[str, Any]
-) -> Output:
-    """The first process makes the place for the images, then the others find it."""
+def _choose_output(plan: _Plan, options: argparse.Namespace, record: dict[str, Any]) -> Output:
+    solver, steps = plan.settings.solver, plan.settings.steps
+    parts = [checkpoint_name(plan.checkpoint), f"{solver}{steps}", f"seed{options.seed}"]
+    parts += [plan.job.benchmark] if plan.job.benchmark else []
+    return plan.job.output(
+        options.out or Path("samples") / "-".join(parts),
+        record,
+        is_free=options.out is None and not options.overwrite,
+        npz=options.npz,
+    )
 
-    def choose() -> Output:
-        solver, steps = plan.settings.solver, plan.settings.steps
-        parts = [checkpoint_name(plan.checkpoint), f"{solver}{steps}", f"seed{options.seed}"]
-        parts += [plan.job.benchmark] if plan.job.benchmark else []
-        return plan.job.output(
-            options.out or Path("samples") / "-".join(parts),
-            record,
-            is_free=options.out is None and not options.overwrite,
-            npz=options.npz,
-        )
 
-    if processes.is_main:
-        output = choose()
-        _check_grid(options, output)
-        output.open(options.overwrite)
-    processes.barrier()
-    return output if processes.is_main else choose()
+def _place(output: Output) -> Path:
+    """The folder that is written to: an npz file is made of the batches in one beside it."""
+    return output.partial if isinstance(output, NpzFile) else output.path
 
 
 def _check_grid(options: argparse.Namespace, output: Output) -> None:

@@ -204,7 +204,7 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace images that were drawn with other settings, and a finished npz file",
+        help="draw anew what is there already, and replace images of other settings",
     )
 
 

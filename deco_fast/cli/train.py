@@ -32,6 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     options, overrides = _parser().parse_known_args(argv)
     _check_options(overrides)
     config = load_config(options.config, [*overrides, *_shorthands(options)])
+    if config.data.root is not None and config.data.dataset in ("digits", "photographs"):
+        raise UserError(
+            f"data.root has no effect with data.dataset {config.data.dataset}: add "
+            "--data.dataset folder, or leave it out"
+        )
     path = options.out or Path("runs") / config.name
     if options.dry_run:
         return _dry_run(config, path)
@@ -80,7 +85,7 @@ def _run(
     passed_over = trainer.resume()
     if passed_over is not None:
         for line in passed_over:
-            say(f"{line}: going on from the one before")
+            say(line)
         say(f"resuming {path} at step {trainer.step:,} of {config.training.steps:,}")
         for line in adjusted:
             say(f"from here on {line}")

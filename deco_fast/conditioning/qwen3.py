@@ -168,15 +168,17 @@ def _load(path: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, Qwen3
         raise UserError(f"the text encoder {path} is no folder: {remedy}, or name {QWEN3_1_7B}")
     with quiet_transformers():
         try:
-            config = AutoConfig.from_pretrained(name)
+            # Told so, transformers does not ask whether it may run what the folder brings along.
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             if config.model_type != "qwen3":
                 raise UserError(f"the text encoder {path} is of type {config.model_type}: {remedy}")
-            tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             # Safetensors alone: other files could hold code.
             loaded: Any = Qwen3Model.from_pretrained(
                 name,
                 dtype=dtype,
                 use_safetensors=True,
+                trust_remote_code=False,
                 attn_implementation="sdpa",
                 output_loading_info=True,
             )

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from deco_fast.data.damage import DamageRecord
 from deco_fast.data.names import Names, fingerprint
-from deco_fast.data.transforms import Crop, crop_to_size, to_pixels, to_rgb
+from deco_fast.data.transforms import IMAGE_FORMATS, Crop, crop_to_size, to_pixels, to_rgb
 from deco_fast.errors import UserError
 
 # So many in a row are no stray damage but a lost disk or a wrong folder.
@@ -157,7 +157,7 @@ class DecodedImages(Dataset[tuple[Tensor, Any]]):
         )
 
     def _image(self, image_index: int) -> Image.Image:
-        with Image.open(io.BytesIO(self.source.read(image_index))) as image:
+        with Image.open(io.BytesIO(self.source.read(image_index)), formats=IMAGE_FORMATS) as image:
             self._check(image)
             return crop_to_size(to_rgb(image), self.height, self.width, self.crop)
 

@@ -12,6 +12,12 @@ from torch import Tensor
 Crop = Literal["adm", "bilinear"]
 """How an image is brought to size: as published for classes and pretraining, for fine-tuning."""
 
+_MOST_PIXELS = 2**27
+"""Of an image on its way to size: 400 MB."""
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
+"""What files are opened as: Pillow knows more, and asks Ghostscript to run PostScript."""
+
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """`image` in mode RGB; alpha is dropped, as in the published pipeline.
@@ -30,6 +36,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _check_size(image: Image.Image, covering: tuple[int, int]) -> None:
+    """Refuse what takes gigabytes: 1×60,000 pixels cover a square of 256 with 15 million rows."""
+    if covering[0] * covering[1] > _MOST_PIXELS:
+        raise ValueError(
+            f"{image.width}×{image.height} is too long and narrow: covering the size asked for "
+            f"takes {covering[0]}×{covering[1]} pixels"
+        )
+
+
 def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     """The ADM centre crop: the largest centred part of the right shape, scaled to size.
 
@@ -43,6 +58,7 @@ def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
         image = image.resize(half, resample=Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
     covering = (round(image.width * scale), round(image.height * scale))
+    _check_size(image, covering)
     image = image.resize(covering, resample=Image.Resampling.BICUBIC)
     left = (image.width - width) // 2
     top = (image.height - height) // 2
@@ -60,6 +76,7 @@ def shorter_side_crop(image: Image.Image, height: int, width: int) -> Image.Imag
         max(width, int(image.width * scale + 1e-6)),
         max(height, int(image.height * scale + 1e-6)),
     )
+    _check_size(image, covering)
     image = image.resize(covering, resample=Image.Resampling.BILINEAR)
     left = round((image.width - width) / 2)
     top = round((image.height - height) / 2)

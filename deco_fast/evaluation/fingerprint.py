@@ -29,8 +29,9 @@ def files_fingerprint(path: str | os.PathLike[str]) -> str:
     path = Path(path)
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if not file.is_file():  # nor what a link leads to
+            continue
         status = file.stat()
-        if not file.is_dir():
-            name = os.fsencode(file.relative_to(path))
-            digest.update(name + f"\0{status.st_size} {status.st_mtime_ns};".encode())
+        name = os.fsencode(file.relative_to(path))
+        digest.update(name + f"\0{status.st_size} {status.st_mtime_ns};".encode())
     return digest.hexdigest()

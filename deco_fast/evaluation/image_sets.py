@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deco_fast.data.folder import IMAGE_SUFFIXES
-from deco_fast.data.transforms import centre_crop, to_rgb
+from deco_fast.data.transforms import IMAGE_FORMATS, centre_crop, to_rgb
 from deco_fast.errors import UserError
 from deco_fast.sampling.writers import GRID_FILE, SETTINGS_FILE
 
@@ -163,7 +163,7 @@ class FolderOfImages:
                 yield torch.stack([image.result() for image in last])
 
     def _read(self, file: Path) -> Tensor:
-        with _decoding(file), Image.open(file) as image:
+        with _decoding(file), Image.open(file, formats=IMAGE_FORMATS) as image:
             pixels = to_rgb(image)
             if self._cut_to is not None:
                 pixels = centre_crop(pixels, *self._cut_to)
@@ -192,7 +192,7 @@ class FolderOfImages:
 
 
 def _size(file: Path) -> tuple[int, int]:
-    with _decoding(file), Image.open(file) as image:
+    with _decoding(file), Image.open(file, formats=IMAGE_FORMATS) as image:
         return image.height, image.width
 
 

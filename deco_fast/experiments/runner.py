@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from deco_fast.checkpoint import load_checkpoint
 from deco_fast.checkpoint.atomic import atomic_file
+from deco_fast.checkpoint.lock import alone_in
 from deco_fast.compiling import explain_compile_errors, keep_compiled_code
 from deco_fast.errors import UserError
 from deco_fast.evaluation.extractors import FeatureExtractor, open_extractor
@@ -41,7 +43,7 @@ from deco_fast.models.config import class_config
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.run import draw, labels_for, weights_checksum
 from deco_fast.training.distributed import Processes
-from deco_fast.training.initial import open_initial_weights
+from deco_fast.training.initial import InitialWeights, open_initial_weights
 from deco_fast.training.run_folder import RunFolder
 from deco_fast.training.trainer import Trainer
 
@@ -128,18 +130,27 @@ def _train(
     # Of the run before, with which torch would count this one's as recompilations.
     torch.compiler.reset()
     trainer = Trainer(run.config, folder, processes)
+    with alone_in(path) if processes.is_main else nullcontext():
+        return _train_alone(trainer, initial, title, say)
+
+
+def _train_alone(
+    trainer: Trainer, initial: InitialWeights | None, title: str, say: Callable[[str], None]
+) -> int | None:
+    folder, processes = trainer.folder, trainer.processes
+    steps = trainer.config.training.steps
     if processes.is_main:
         folder.open()
     processes.barrier()
     passed_over = trainer.resume()
     if initial is not None:
         say(f"{title}: {initial.load(trainer.training)}")
-    say(f"{title}: training from step {trainer.step:,} to {run.config.training.steps:,}")
+    say(f"{title}: training from step {trainer.step:,} to {steps:,}")
     for line in passed_over or ():
-        say(f"{title}: {line}: going on from the one before")
+        say(f"{title}: {line}")
     with explain_compile_errors("give --set training.compile=false"):
         interrupt = trainer.run()
-    if trainer.step < run.config.training.steps:
+    if trainer.step < steps:
         say(f"{title}: saved at step {trainer.step:,}; the same command goes on from there")
         return interrupt.exit_status
     return None

@@ -25,7 +25,7 @@ from deco_fast.errors import UserError
 from deco_fast.interop.model_readme import model_readme
 from deco_fast.models.build import empty_network
 from deco_fast.models.card import ModelCard
-from deco_fast.models.config import NetworkConfig
+from deco_fast.models.config import DeCoT2IConfig, NetworkConfig
 
 CONFIG_FILE = "config.json"
 PIPELINE_FILE = "model_index.json"
@@ -44,6 +44,13 @@ _FILES = (
 
 DATA_FILES = ("*.json", "*.safetensors", "*.txt", README_FILE)
 """Patterns of what such a folder consists of: nothing that could be run."""
+
+
+_ENCODER_FILES = (
+    *("config.json", "generation_config.json", "tokenizer*.json", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "model*.safetensors"),
+    *("model.safetensors.index.json", "README.md", "LICENSE"),
+)
 
 
 def write_model_folder(
@@ -74,6 +81,7 @@ def write_model_folder(
     """
     folder = Path(folder)
     beside = card.text_encoder is not None and not card.text_encoder.startswith(HUB_SCHEME)
+    beside &= isinstance(config, DeCoT2IConfig)
     with atomic_folder(folder, owned=_FILES) as temporary:
         if beside:
             assert card.text_encoder is not None
@@ -165,7 +173,17 @@ def _copy_text_encoder(source: Path, destination: Path) -> None:
             f"the text encoder {source} is no folder, so it cannot be published with the model: "
             "restore it"
         )
-    files = {file for pattern in DATA_FILES for file in source.glob(pattern) if file.is_file()}
+    # The checkpoint says where it is, and must not have anything else published.
+    try:
+        kind = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kind = None
+    if kind != "qwen3":
+        raise UserError(
+            f"{source} holds no text encoder of type qwen3, so it cannot be published with the "
+            "model: restore it"
+        )
+    files = {file for pattern in _ENCODER_FILES for file in source.glob(pattern) if file.is_file()}
     destination.mkdir()
     for file in sorted(files):
         shutil.copy2(file, destination)

@@ -16,7 +16,7 @@ _INTERVAL = 0.2
 
 @contextmanager
 def written_bytes_bar(folder: Path, total: int, description: str) -> Iterator[None]:
-    """Show how much of `total` bytes has reached temporary files (".…") in `folder`.
+    """Show how much of `total` bytes has reached temporary files (`atomic_file`) in `folder`.
 
     Neither safetensors nor torch.save can be asked how far it is, but what grows on the disk can
     be seen. The bar is shown on terminals only.
@@ -41,7 +41,7 @@ def written_bytes_bar(folder: Path, total: int, description: str) -> Iterator[No
 
 
 def _temporaries(folder: Path) -> Iterator[Path]:
-    for path in folder.glob(".*"):
+    for path in folder.glob(".*.tmp-*"):
         yield from (path.rglob("*") if path.is_dir() else [path])
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from deco_fast.checkpoint.atomic import atomic_file, remove_leftovers
+from deco_fast.checkpoint.atomic import atomic_file, remove_temporaries
 from deco_fast.errors import UserError
 from deco_fast.sampling.prompts import IMAGES_PER_PROMPT, DpgPrompt, GenEvalPrompt
 from deco_fast.sampling.writers import (
@@ -136,7 +136,7 @@ class GenEvalFolder(_BenchmarkFolder):
             if not (folder / "metadata.jsonl").exists():
                 with atomic_file(folder / "metadata.jsonl") as temporary:
                     temporary.write_text(prompt.line + "\n", encoding="utf-8")
-            remove_leftovers(folder / "samples")
+            remove_temporaries(folder / "samples")
 
     def _delete(self) -> None:
         with writing(self.path):
@@ -186,8 +186,8 @@ class DpgFolder(_BenchmarkFolder):
         super().open(overwrite)
         with writing(self.partial):
             self.partial.mkdir(exist_ok=True)
-        remove_leftovers(self.partial)
-        remove_leftovers(self.path)
+        remove_temporaries(self.partial)
+        remove_temporaries(self.path)
 
     def _holds_something(self) -> bool:
         return super()._holds_something() or self.partial.exists()

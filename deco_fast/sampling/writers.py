@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from deco_fast.checkpoint.atomic import atomic_file, remove_leftovers
+from deco_fast.checkpoint.atomic import atomic_file, remove_temporaries
 from deco_fast.errors import UserError
 
 Settings = Mapping[str, Any]
@@ -75,7 +75,7 @@ class PngFolder:
             if overwrite:
                 for file in self._images():
                     file.unlink()
-            remove_leftovers(self.path)
+            remove_temporaries(self.path)
         write_settings(self.path / SETTINGS_FILE, self.settings)
 
     def difference(self) -> str:
@@ -178,8 +178,10 @@ class NpzFile:
             if not overwrite:
                 self._refuse_other(read_settings(stored), self.partial)
             elif not stored.exists() or changes(read_settings(stored), self.settings):
+                # The folder itself stays: it is locked.
                 with writing(self.partial):
-                    shutil.rmtree(self.partial)
+                    for part in self.partial.iterdir():
+                        part.unlink()
         write_settings(stored, self.settings)
 
     def _refuse_other(self, before: Settings, place: Path) -> None:

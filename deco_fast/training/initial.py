@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from deco_fast.checkpoint.checksums import check_undamaged
 from deco_fast.checkpoint.format import WEIGHTS
 from deco_fast.checkpoint.load import open_checkpoint
 from deco_fast.checkpoint.source import MissingWeightsError, Source
@@ -66,7 +67,8 @@ def open_initial_weights(path: str | Path, config: NetworkConfig) -> InitialWeig
         config: the network of the run.
 
     Raises:
-        UserError: it cannot be read, or is of a network with other tensors; the first is named.
+        UserError: it cannot be read, is damaged, or is of a network with other tensors; the first
+            is named.
     """
     sources = {}
     for weights in WEIGHTS:
@@ -80,6 +82,7 @@ def open_initial_weights(path: str | Path, config: NetworkConfig) -> InitialWeig
     expected = {name: tuple(t.shape) for name, t in empty_network(config).state_dict().items()}
     for source in {id(source): source for source in (model, ema)}.values():
         _compare(source, expected)
+        check_undamaged(source.path)
     return InitialWeights(str(path), model, ema)
 
 

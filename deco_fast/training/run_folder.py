@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from deco_fast.checkpoint import complete_checkpoints, newest_checkpoint, remove_leftovers
-from deco_fast.checkpoint.atomic import atomic_file, is_leftover
+from deco_fast.checkpoint.atomic import atomic_file, is_leftover, remove_temporaries
 from deco_fast.config import RunConfig, load_config
 from deco_fast.errors import UserError
 
@@ -76,8 +76,10 @@ class RunFolder:
         stored = self.path / "config.yaml"
         write_atomically(stored, self.config.to_yaml())
         write_atomically(self.path / "versions.json", json.dumps(versions(), indent=2) + "\n")
-        for folder in (self.path, self.checkpoints):
-            remove_leftovers(folder)
+        remove_temporaries(self.path)
+        remove_leftovers(self.checkpoints)
+        if not self.finished:  # any more
+            (self.path / "finished").unlink(missing_ok=True)
 
     def _compare(self, stored: Path, exactly: bool) -> list[str]:
         try:
@@ -140,13 +142,26 @@ class RunFolder:
     def drop_old_checkpoints(self, keep: int, step: int) -> None:
         """Delete all but the newest `keep` complete checkpoints up to a step.
 
-        Later ones stay: they were damaged, and passed over when the run went on.
+        A later one would be damaged, passed over when the run went on.
         """
         newest = self.checkpoint(step).name
         complete = [path for path in complete_checkpoints(self.path) if path.name <= newest]
         for folder in self.written_checkpoints():
             if folder.name <= newest and folder not in complete[:keep]:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def set_aside(self, checkpoint: Path) -> Path:
+        """Rename a damaged checkpoint, so that it is not one of those that are kept.
+
+        Returns:
+            Where it is.
+        """
+        aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            return checkpoint.rename(aside)
+        except OSError:
+            return checkpoint
 
     def failure(self, step: int) -> Path:
         """Where a step that ended the run is kept to be looked at."""

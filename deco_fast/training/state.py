@@ -244,23 +244,29 @@ def _encoder(training: TrainingStep) -> str | None:
 def choose_checkpoint(training: TrainingStep, folder: RunFolder) -> tuple[Path | None, list[str]]:
     """The newest checkpoint of a run that is what was written, and a line on each newer one.
 
+    The newer ones are set aside, as `step-….damaged`.
+
     Raises:
         UserError: there are checkpoints, and all of them are damaged.
     """
     chosen: Path | None = None
     lines: list[str] = []
     if training.processes.is_main:
-        chosen, lines = _newest_undamaged(folder)
+        chosen, found = _newest_undamaged(folder)
+        for path, line in sorted(found.items()):
+            aside = f" (now {folder.set_aside(path).name})" if chosen is not None else ""
+            lines.append(f"{line}: going on from the one before{aside}")
     chosen, lines = training.processes.from_main((chosen, lines))
     if lines and chosen is None:
+        reason = lines[0].partition(": going on")[0]
         raise UserError(
-            f"no checkpoint in {folder.checkpoints} is whole ({lines[0]}): restore one from a "
+            f"no checkpoint in {folder.checkpoints} is whole ({reason}): restore one from a "
             f"backup, or delete {folder.checkpoints} to begin anew"
         )
     return chosen, lines
 
 
-def _newest_undamaged(folder: RunFolder) -> tuple[Path | None, list[str]]:
+def _newest_undamaged(folder: RunFolder) -> tuple[Path | None, dict[Path, str]]:
     complete = list(complete_checkpoints(folder.path))
     lines = {
         path: f"{path} is cut short or incomplete"
@@ -274,8 +280,8 @@ def _newest_undamaged(folder: RunFolder) -> tuple[Path | None, list[str]]:
             chosen = path
             break
         lines[path] = f"{path / damaged} is damaged"
-    newer = [line for path, line in lines.items() if chosen is None or path.name > chosen.name]
-    return chosen, sorted(newer)
+    newer = {p: line for p, line in lines.items() if chosen is None or p.name > chosen.name}
+    return chosen, newer
 
 
 def _by_name(optimizer: dict[str, Any]) -> dict[str, Tensor]:

@@ -158,7 +158,7 @@ class Trainer:
                     break
         if self.processes.is_main:
             self._report_damaged()
-            if self.step == config.training.steps:
+            if self.step >= config.training.steps:
                 self.folder.mark_finished()
         self.processes.barrier()
         return interrupt

@@ -78,11 +78,12 @@ def scan(shard: Path) -> ShardIndex:
                 rows.append((key, _label(file, contents), contents))
         damage = members.damage
     fields = tuple(sorted({field for _, _, contents in rows for field in contents}))
+    column_of = {field: column for column, field in enumerate(fields)}
     offsets = np.full((len(rows), len(fields)), -1, dtype=np.int64)
     sizes = np.zeros_like(offsets)
     for row, (_, _, contents) in enumerate(rows):
         for field, (offset, size) in contents.items():
-            column = fields.index(field)
+            column = column_of[field]
             offsets[row, column], sizes[row, column] = offset, size
     labels = np.array([label for _, label, _ in rows], dtype=np.int64)
     return ShardIndex(tuple(key for key, _, _ in rows), fields, offsets, sizes, labels, damage)
@@ -176,14 +177,19 @@ def _label(file: IO[bytes], contents: dict[str, tuple[int, int]]) -> int:
         text = _read(file, offset, size)
         try:
             if field == "cls":
-                return max(int(text), -1)
+                return _known(int(text))
             described = json.loads(text)
             label = described.get("label", described.get("cls"))
             if type(label) is int:
-                return max(label, -1)
-        except (ValueError, AttributeError):
+                return _known(label)
+        except (ValueError, AttributeError, RecursionError):
             continue
     return -1
+
+
+def _known(label: int) -> int:
+    """The label, or -1 for one that cannot be meant."""
+    return label if 0 <= label < 2**31 else -1
 
 
 def _read(file: IO[bytes], offset: int, size: int) -> bytes:

@@ -12,7 +12,7 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from deco_fast.checkpoint.atomic import atomic_file, remove_leftovers
+from deco_fast.checkpoint.atomic import atomic_file, remove_temporaries
 from deco_fast.data.folder import FolderImages
 from deco_fast.data.names import fingerprint
 from deco_fast.errors import UserError
@@ -86,7 +86,7 @@ def _open(out: Path, images: FolderImages, arguments: dict[str, int]) -> None:
             raise UserError(
                 f"{out} holds shards of other images or with other options: choose another folder"
             )
-        remove_leftovers(out)
+        remove_temporaries(out)
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another folder for the shards")
