@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -129,10 +130,23 @@ class TestSize:
     def test_small_images_are_passed_over_and_no_damage(self, tmp_path: Path) -> None:
         source = self.folder(tmp_path, [(15, 40), (16, 16), (40, 15), (8, 8), (17, 90)])
         dataset = CaptionedImages(source, 16, 16, skip_small=True)
-        assert [caption for _, caption in samples(dataset)] == ["1", "1", "4", "4", "4"]
+        captions = [caption for _, caption in samples(dataset)]
+        assert captions[1] == "1" and captions[4] == "4" and set(captions) == {"1", "4"}
+        assert captions == [caption for _, caption in samples(dataset)]
         assert dataset.damage.names() == []
         everything = CaptionedImages(source, 16, 16)
         assert [caption for _, caption in samples(everything)] == list("01234")
+
+    def test_no_image_stands_in_for_all_that_are_passed_over(self, tmp_path: Path) -> None:
+        """As many small ones in a row as a source of other images may bring."""
+        small, large = 150, 50
+        source = self.folder(tmp_path, [(8, 8)] * small + [(16, 16)] * large)
+        dataset = CaptionedImages(source, 16, 16, skip_small=True)
+        drawn = Counter(caption for _, caption in samples(dataset))
+        # Each is there for itself and, in the mean, for three others.
+        assert sum(drawn.values()) == small + large
+        assert len(drawn) == large and max(drawn.values()) <= 12
+        assert dataset.damage.names() == []
 
     def test_nothing_but_small_images(self, tmp_path: Path) -> None:
         dataset = CaptionedImages(self.folder(tmp_path, [(8, 8)] * 2), 16, 16, skip_small=True)

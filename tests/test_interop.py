@@ -324,6 +324,16 @@ def test_tensors_equal_those_that_torch_reads(tmp_path: Path) -> None:
             assert torch.equal(tensor.float(), expected.detach().float()), name
 
 
+def test_a_tensor_that_repeats_its_bytes_is_refused(tmp_path: Path) -> None:
+    """A few of them may be as large in memory as the file likes to say."""
+    path = tmp_path / "bomb.pt"
+    torch.save({"whole": torch.ones(2, 3), "bomb": torch.ones(1).expand(10**6, 10**6)}, path)
+    file = TorchFile(path)
+    assert torch.equal(file.read(file.content["whole"]), torch.ones(2, 3))
+    with pytest.raises(UserError, match="has fewer bytes than its shape"):
+        file.read(file.content["bomb"])
+
+
 # Foreign classes
 
 

@@ -471,6 +471,11 @@ def bad_arguments() -> dict[str, list[str]]:
     np.savez("large.npz", images_of(460, 32))
     np.savez("objects.npz", np.array([None], dtype=object))
     np.savez("inception.npz", mu=np.zeros(4), sigma=np.eye(4))
+    note = {"features": "random-conv", "fingerprint": RandomConvExtractor(CPU).fingerprint}
+    note |= {"count": 1000, "size": None}
+    for name, width, value in (("narrow", 4, 1.0), ("nan", 448, np.nan)):
+        moments = {"mu": np.full(width, value), "sigma": np.eye(width)}
+        np.savez(f"{name}.npz", deco_fast=np.array(json.dumps(note)), **moments)
     Path("text.npz").write_text("no npz")
     Path("cut.npz").write_bytes(Path("good.npz").read_bytes()[:5000])
     write_images(Path("mixed"), images_of(2, 8))
@@ -495,6 +500,8 @@ def bad_arguments() -> dict[str, list[str]]:
         "sfid cannot be computed from these features": ["good.npz", "--metrics", "sfid"],
         "the images are 32×32 and the reference 16×16": ["large.npz"],
         "unknown metric 'fad'; did you mean 'fid'?": ["good.npz", "--metrics", "fad"],
+        "statistics are of 4 features and not of 448": ["good.npz", "--reference", "narrow.npz"],
+        "statistics are not finite": ["good.npz", "--reference", "nan.npz"],
         "holds statistics of inception features": ["good.npz", "--reference", "inception.npz"],
         "unknown features 'dino'; did you mean 'dinov2'": ["good.npz", "--features", "dino"],
         "the weights of random-conv are fixed": ["good.npz", "--weights", "some.pth"],

@@ -435,6 +435,11 @@ def draw(pipeline: DeCoPipeline) -> torch.Tensor:
     return images
 
 
+def test_the_checkpoint_that_ships_has_a_name() -> None:
+    pipeline = DeCoPipeline.from_pretrained("deco-digits")
+    assert pipeline.transformer.config.num_classes == 10
+
+
 class TestRoundTrip:
     def test_is_equal_bit_for_bit(self, either: DeCoPipeline, tmp_path: Path) -> None:
         either.save_pretrained(tmp_path / "saved")

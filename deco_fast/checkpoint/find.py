@@ -77,9 +77,8 @@ def locate(path: str | Path) -> Path:
     if name.startswith(HUB_SCHEME):
         return _download(name)
     located = previous_or_self(Path(name).expanduser())
-    shipped = pretrained_folder() / name
-    if not located.exists() and len(Path(name).parts) == 1 and shipped.exists():
-        located = shipped
+    if not located.exists() and is_shipped(name):
+        located = pretrained_folder() / name
     if not located.exists():
         raise UserError(f"{name} does not exist{_suggestion(located)}")
     if located.is_file() or any((located / weights_file(kind)).exists() for kind in WEIGHTS):
@@ -91,6 +90,11 @@ def locate(path: str | Path) -> Path:
             "name a checkpoint folder, a run folder or a file"
         )
     return newest
+
+
+def is_shipped(name: str) -> bool:
+    """Whether a checkpoint of that name ships with the package."""
+    return len(Path(name).parts) == 1 and (pretrained_folder() / name).is_dir()
 
 
 def _suggestion(path: Path) -> str:

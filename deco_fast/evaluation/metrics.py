@@ -237,6 +237,7 @@ def check_comparable(
             f"{reference.size[0]}×{reference.size[1]}: draw or cut them alike (--crop)"
         )
     for name in chosen:
+        _check_alike(name, images, reference)
         _check_enough(name, images, "images")
         _check_enough(name, reference, "reference")
     return chosen
@@ -251,6 +252,21 @@ def _possible(name: str, images: SetStatistics, reference: SetStatistics) -> boo
         "recall": (images.rows, reference.rows),
     }
     return all(value is not None for value in needed[name])
+
+
+def _check_alike(name: str, images: SetStatistics, reference: SetStatistics) -> None:
+    """Statistics of others do not say what they are of."""
+    if name not in ("fid", "sfid"):
+        return
+    own, other = (s.pooled if name == "fid" else s.spatial for s in (images, reference))
+    assert own is not None and other is not None
+    if own.mean.shape != other.mean.shape:
+        raise UserError(
+            f"the reference's statistics are of {len(other.mean):,} features and not of "
+            f"{len(own.mean):,}: name one of the same --features"
+        )
+    if not (other.mean.isfinite().all() and other.covariance.isfinite().all()):
+        raise UserError("the reference's statistics are not finite: make them again")
 
 
 def _check_enough(name: str, statistics: SetStatistics, what: str) -> None:

@@ -230,6 +230,9 @@ class TorchFile:
             raise self._damaged("a tensor has a dtype that this version does not know")
         # An untyped storage (torch ≥ 2.1's _rebuild_tensor_v3) counts bytes, a typed one elements.
         count = storage.size if storage.dtype else storage.size // record.dtype.itemsize
+        if prod(record.shape) > count:
+            # It would be repeated in memory as often as the file says.
+            raise self._damaged(f"tensor data/{storage.key} has fewer bytes than its shape")
         start, size = self._span(f"data/{storage.key}")
         if count * record.dtype.itemsize > size:
             raise self._damaged(f"the bytes of tensor data/{storage.key} are not all there")

@@ -18,7 +18,7 @@ from huggingface_hub import create_repo, snapshot_download, upload_folder
 from PIL import Image
 from torch import Tensor
 
-from deco_fast.checkpoint.find import HUB_SCHEME, locate
+from deco_fast.checkpoint.find import HUB_SCHEME, is_shipped, locate
 from deco_fast.checkpoint.load import load_checkpoint, open_checkpoint
 from deco_fast.conditioning.qwen3 import Qwen3TextEncoder
 from deco_fast.errors import UserError, nearest
@@ -127,7 +127,8 @@ class DeCoPipeline(DiffusionPipeline):
         if not isinstance(dtype, torch.dtype):
             raise UserError(f"dtype must be one of torch's, such as torch.bfloat16, not {dtype!r}")
         name = os.fspath(pretrained_model_name_or_path)
-        if not name.startswith(HUB_SCHEME) and not Path(name).expanduser().exists():
+        here = Path(name).expanduser().exists() or is_shipped(name)
+        if not name.startswith(HUB_SCHEME) and not here:
             name = os.fspath(cls.download(name, **download_options))
         path = locate(name)
         weights = open_checkpoint(path).weights
