@@ -21,11 +21,7 @@ def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def files_fingerprint(path: str | os.PathLike[str]) -> str:
-    """A hash of the names, sizes and times of change of a file, or of all files under a folder.
-
-    Raises:
-        OSError: it does not exist or cannot be read.
-    """
+    """A hash of the names, sizes and times of change of a file, or of all files under a folder."""
     path = Path(path)
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
