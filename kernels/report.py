@@ -76,7 +76,10 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         UserError: DECO_BACKEND or DECO_ISA name something that is not here.
     """
-    CommandParser(prog="python -m deco_fast.ops", description=main.__doc__).parse_args(argv)
+    CommandParser(
+        prog="python -m deco_fast.ops",
+        description="Print every op with its backends, and this machine's versions and hardware.",
+    ).parse_args(argv)
     print(_columns(_status_rows()), _columns(_machine_rows()), sep="\n\n", flush=True)
     check_backend(*OPS)
     return 0

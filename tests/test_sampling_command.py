@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -512,20 +513,24 @@ class TestOutput:
         assert run(*options, "--npz", "b.npz", "--out", "out") == 0
         assert [file.name for file in Path("out").iterdir()] == ["grid.png"]
 
+    @pytest.fixture
+    def drawn(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """The numbers of all images that are drawn from here on."""
+        numbers: list[int] = []
+        for writer in (NpzFile, PngFolder):
+
+            def counted(
+                self: Any, indices: list[int], images: Tensor, write: Any = writer.write
+            ) -> None:
+                numbers.extend(indices)
+                write(self, indices, images)
+
+            monkeypatch.setattr(writer, "write", counted)
+        return numbers
+
     def test_a_folder_goes_on_where_it_was(
-        self,
-        checkpoint: Path,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
+        self, checkpoint: Path, capsys: pytest.CaptureFixture[str], drawn: list[int]
     ) -> None:
-        drawn: list[int] = []
-        write = PngFolder.write
-
-        def counted(self: PngFolder, indices: list[int], images: Tensor) -> None:
-            drawn.extend(indices)
-            write(self, indices, images)
-
-        monkeypatch.setattr(PngFolder, "write", counted)
         options = ("--checkpoint", checkpoint, "--num", 5, "--batch-size", 2, "--out", "out")
         assert run(*options) == 0
         before = pngs(Path("out"))
@@ -547,19 +552,8 @@ class TestOutput:
         assert drawn[8:] == [0, 1, 2, 3, 4]
 
     def test_finished_npz_is_not_drawn_again(
-        self,
-        checkpoint: Path,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
+        self, checkpoint: Path, capsys: pytest.CaptureFixture[str], drawn: list[int]
     ) -> None:
-        drawn: list[int] = []
-        write = NpzFile.write
-
-        def counted(self: NpzFile, indices: list[int], images: Tensor) -> None:
-            drawn.extend(indices)
-            write(self, indices, images)
-
-        monkeypatch.setattr(NpzFile, "write", counted)
         options = ("--checkpoint", checkpoint, "--num", 3, "--npz", "a.npz")
         assert run(*options) == 0
         assert run(*options) == 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deco_fast.alignment.cache import DTYPE, FeatureCache
+from deco_fast.transfer import to_device
 
 if TYPE_CHECKING:
     from deco_fast.alignment.dinov2 import DINOv2
@@ -55,14 +56,14 @@ class Features:
         known = list(self._readers.map(self.cache.read, numbers))
         found = [entry for entry in known if entry is not None]
         if len(found) == len(known):
-            return self._to_device(found, images.device).float()
+            return to_device(torch.stack(found), images.device).float()
         # All of them: another batch size would be compiled anew.
         features = self.encoder(images).to(DTYPE)
         missing = [i for i, entry in enumerate(known) if entry is None]
         self._write([numbers[i] for i in missing], features[missing])
         if found:
             present = [i for i, entry in enumerate(known) if entry is not None]
-            features[present] = self._to_device(found, images.device)
+            features[present] = to_device(torch.stack(found), images.device)
         return features.float()
 
     def compile(self) -> None:
@@ -85,14 +86,6 @@ class Features:
             f"{text}, features kept in {cache.path}: {cache.size / 2**30:.3g} GiB when full, "
             f"{cache.filled / cache.count:.0%} filled"
         )
-
-    @staticmethod
-    def _to_device(entries: list[Tensor], device: torch.device) -> Tensor:
-        stacked = torch.stack(entries)
-        if device.type == "cuda":
-            # From other memory the copy would wait for all that the GPU still has to do.
-            stacked = stacked.pin_memory()
-        return stacked.to(device, non_blocking=True)
 
     def _write(self, numbers: Sequence[int], features: Tensor) -> None:
         assert self.cache is not None and self._writer is not None

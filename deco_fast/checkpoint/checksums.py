@@ -52,7 +52,7 @@ def check_undamaged(path: Path) -> None:
         UserError: it is not.
     """
     try:
-        noted = json.loads((path.parent / CHECKSUMS_FILE).read_text("utf-8"))
+        noted: Any = _read(path.parent)
     except (OSError, ValueError):
         return
     entry = noted.get(path.name) if isinstance(noted, dict) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,7 +56,8 @@ def _train(config: RunConfig, path: Path, processes: Processes, end: float | Non
             print(line, flush=True)
 
     folder = RunFolder(path, config)
-    adjusted = folder.check() if processes.is_main else []
+    if processes.is_main:
+        folder.check()
     processes.barrier()
     if folder.finished:
         say(f"{path} has finished all {config.training.steps:,} steps")
@@ -67,20 +68,14 @@ def _train(config: RunConfig, path: Path, processes: Processes, end: float | Non
         initial = open_initial_weights(config.training.init_from, config.model)
     trainer = Trainer(config, folder, processes, end)
     with alone_in(path) if processes.is_main else nullcontext():
-        return _run(trainer, initial, adjusted, say)
+        return _run(trainer, initial, say)
 
 
-def _run(
-    trainer: Trainer,
-    initial: InitialWeights | None,
-    adjusted: Sequence[str],
-    say: Callable[[str], None],
-) -> int:
+def _run(trainer: Trainer, initial: InitialWeights | None, say: Callable[[str], None]) -> int:
     folder, config, processes = trainer.folder, trainer.config, trainer.processes
     path = folder.path
     # Only now, as it then holds this configuration: what was wrong so far may be corrected.
-    if processes.is_main:
-        folder.open()
+    adjusted = folder.open() if processes.is_main else []
     processes.barrier()
     passed_over = trainer.resume()
     if passed_over is not None:

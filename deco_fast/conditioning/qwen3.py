@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deco_fast.checkpoint.find import HUB_SCHEME
 from deco_fast.errors import UserError
 from deco_fast.quiet import quiet_transformers
+from deco_fast.transfer import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3Model
@@ -130,20 +131,14 @@ class Qwen3TextEncoder:
         # Not in inference mode, whoever calls: its tensors could not be used in training later.
         with torch.inference_mode(False), torch.no_grad():
             features = self._model(
-                input_ids=self._to_device(tokens["input_ids"]),
-                attention_mask=self._to_device(tokens["attention_mask"]),
+                input_ids=to_device(tokens["input_ids"], self.device),
+                attention_mask=to_device(tokens["attention_mask"], self.device),
                 use_cache=False,
             )[0]
             features = features[..., : self.size]
             features = F.pad(features, (0, self.size - features.shape[-1]))
         # Each its own memory, so that a cached one does not keep the others.
         return [feature.clone() for feature in features]
-
-    def _to_device(self, tokens: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            # From other memory the copy would wait for all that the GPU still has to do.
-            tokens = tokens.pin_memory()
-        return tokens.to(self.device, non_blocking=True)
 
 
 def qwen3_flops(tokens: int) -> int:

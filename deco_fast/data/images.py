@@ -152,6 +152,7 @@ class DecodedImages(Dataset[tuple[Tensor, Any]]):
                 return found
             if isinstance(found, Shortfall):
                 reason = f"cannot be used ({found})"
+            if isinstance(found, Shortfall) and attempt == 0:
                 # Of images that are passed over there may be many, and in a row: if the next one
                 # stood in for all of them, it would be drawn as often.
                 for other in self._drawn_instead(image_index):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from deco_fast.checkpoint.atomic import is_leftover
+
 _INTERVAL = 0.2
 """Seconds between two looks at the disk."""
 
@@ -41,7 +43,7 @@ def written_bytes_bar(folder: Path, total: int, description: str) -> Iterator[No
 
 
 def _temporaries(folder: Path) -> Iterator[Path]:
-    for path in folder.glob(".*.tmp-*"):
+    for path in filter(is_leftover, folder.glob(".*")):
         yield from (path.rglob("*") if path.is_dir() else [path])
 
 

@@ -23,6 +23,7 @@ from deco_fast.models.deco_t2i import DeCoT2I
 from deco_fast.models.dit import DiTBlock, JointBlock
 from deco_fast.models.network import DeCoNetwork
 from deco_fast.models.prepared import WeightLayout, fold_norms, prepared_text_keys_values
+from deco_fast.transfer import to_device
 
 Condition = int | str
 """A class label or a prompt."""
@@ -120,7 +121,7 @@ class ClassTable:
         # A fill that fails half-way, out of memory or interrupted, leaves nothing that counts.
         self._held = None
         table, *finals = self.tensors
-        y = torch.tensor(conditions).to(table.device, non_blocking=True)
+        y = to_device(torch.tensor(conditions), table.device)
         temb = self.time_embedding[start : start + self.span, None]
         condition = F.silu(temb + self._model.class_embedder(y))
         for i, block in enumerate(self._model.blocks):

@@ -30,6 +30,7 @@ from deco_fast.sampling.batch_size import default_batch_size
 from deco_fast.sampling.condition_table import Condition, condition_table
 from deco_fast.sampling.schedule import schedule
 from deco_fast.sampling.state import State
+from deco_fast.transfer import to_device
 
 TABLE_BYTES = 2**30
 """Memory for what is computed ahead, unless told otherwise."""
@@ -39,7 +40,7 @@ TABLE_BYTES = 2**30
 _ONE_GRAPH_DEPTH = 8
 
 
-def _plain(condition: Condition) -> Condition:
+def _as_condition(condition: Condition) -> Condition:
     """A label may be any whole number, also an element of a tensor."""
     return condition if isinstance(condition, str) else operator.index(condition)
 
@@ -252,8 +253,8 @@ class SamplingEngine:
         """
         if uncondition is None:
             uncondition = self._table.unconditional
-        conditions = [_plain(condition) for condition in conditions]
-        uncondition = _plain(uncondition)
+        conditions = [_as_condition(condition) for condition in conditions]
+        uncondition = _as_condition(uncondition)
         self._check(noise, [*conditions, uncondition])
         return self._states(noise, conditions, uncondition)
 
@@ -289,7 +290,7 @@ class SamplingEngine:
         size: int,
     ) -> None:
         self._x.zero_()
-        self._x[: len(noise)].copy_(self._for_device(noise), non_blocking=True)
+        self._x[: len(noise)].copy_(to_device(noise, self._device))
         self._velocities.zero_()
         self._index.zero_()
         row_of = {condition: row for row, condition in enumerate(distinct)}
@@ -297,10 +298,7 @@ class SamplingEngine:
         conditional += conditional[-1:] * (size - len(conditions))
         unconditional = [row_of.get(uncondition, 0)] * size
         rows = torch.tensor(unconditional + conditional)
-        self._rows[: 2 * size].copy_(self._for_device(rows), non_blocking=True)
-
-    def _for_device(self, x: Tensor) -> Tensor:
-        return x.pin_memory() if self._device.type == "cuda" and not x.is_cuda else x
+        self._rows[: 2 * size].copy_(to_device(rows, self._device))
 
     def _evaluate(self, guided: bool, size: int) -> None:
         """Evaluate the first `size` images and move them."""

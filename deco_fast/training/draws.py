@@ -17,6 +17,7 @@ from deco_fast.conditioning.labels import drop_labels
 from deco_fast.config import RunConfig
 from deco_fast.flow import sample_timesteps
 from deco_fast.models.config import ClassConfig
+from deco_fast.transfer import to_device
 
 
 class Draws(NamedTuple):
@@ -65,11 +66,7 @@ def draw_step(
     prefixes = torch.rand(2, batch_size, generator=generator)
     own = slice(places.start, places.stop)
     shape = (config.model.in_channels, config.data.height, config.data.width)
-    drawn = torch.stack((t[own], u[own]))
-    if device.type == "cuda":
-        # From other memory the copy would wait for all that the GPU still has to do.
-        drawn = drawn.pin_memory()
-    t, u_on_device = drawn.to(device, non_blocking=True)
+    t, u_on_device = to_device(torch.stack((t[own], u[own])), device)
     noise = torch.empty(len(places), *shape, device=device)
     generator = torch.Generator(device)
     for image, seed in zip(noise, sample_seeds[own], strict=True):

@@ -25,9 +25,9 @@ class Interrupt:
 
         A signal that another process received, perhaps on another machine, becomes this one's.
         """
-        number = processes.greatest(
-            self.signal if self.signal is not None else -int(not time_is_up)
-        )
+        # Signals begin at 1.
+        own = 0 if time_is_up else -1
+        number = processes.greatest(own if self.signal is None else self.signal)
         if number > 0:
             self.signal = signal.Signals(number)
         return number >= 0

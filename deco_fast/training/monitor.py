@@ -52,7 +52,7 @@ class Monitor:
         world_size: int = 1,
         enabled: bool,
     ) -> None:
-        self.batch_size, self.enabled = config.training.batch_size, enabled
+        self.batch_size, self._enabled = config.training.batch_size, enabled
         self.device = device
         self.writer: SummaryWriter | None = None
         self._wandb: Any = None
@@ -101,7 +101,7 @@ class Monitor:
         From "speed/steps_per_second" follow images/s, and for each device TFLOP/s and, where its
         peak is known, MFU.
         """
-        if not self.enabled:
+        if not self._enabled:
             return
         values = dict(values)
         rate = values.pop("speed/steps_per_second")
@@ -127,7 +127,7 @@ class Monitor:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        if self.enabled:
+        if self._enabled:
             self.bar.write(line)
 
     @contextmanager

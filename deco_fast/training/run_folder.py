@@ -70,9 +70,9 @@ class RunFolder:
             raise UserError(f"{self.path} is not empty and holds no run: choose another --out")
         return []
 
-    def open(self) -> None:
-        """Create the folder, or check that the run in it is this one."""
-        self.check()
+    def open(self) -> list[str]:
+        """Create the folder, or check that the run in it is this one; returns as `check`."""
+        adjusted = self.check()
         stored = self.path / "config.yaml"
         write_atomically(stored, self.config.to_yaml())
         write_atomically(self.path / "versions.json", json.dumps(versions(), indent=2) + "\n")
@@ -80,6 +80,7 @@ class RunFolder:
         remove_leftovers(self.checkpoints)
         if not self.finished:  # any more
             (self.path / "finished").unlink(missing_ok=True)
+        return adjusted
 
     def _compare(self, stored: Path, exactly: bool) -> list[str]:
         try:
@@ -142,7 +143,7 @@ class RunFolder:
     def drop_old_checkpoints(self, keep: int, step: int) -> None:
         """Delete all but the newest `keep` complete checkpoints up to a step.
 
-        A later one would be damaged, passed over when the run went on.
+        A later one stays: it is damaged and could not be set aside.
         """
         newest = self.checkpoint(step).name
         complete = [path for path in complete_checkpoints(self.path) if path.name <= newest]

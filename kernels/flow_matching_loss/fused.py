@@ -29,11 +29,11 @@ def flow_matching_loss(
     keeps, GPUs that are `is_foreign`, and all inside of `torch.func` transforms.
     """
     learned = table.requires_grad or (timestep_weight is not None and timestep_weight.requires_grad)
-    coarse = registration.loss_gradient_dtype(prediction) == torch.bfloat16
-    learned |= target.requires_grad and coarse and target.dtype != torch.bfloat16
+    coarse = target.requires_grad and target.dtype != torch.bfloat16
+    coarse &= registration.loss_gradient_dtype(prediction) == torch.bfloat16
     known = prediction.dtype in _DTYPES and target.dtype in _DTYPES
     foreign = is_foreign(prediction)
-    if foreign or learned or not known or registration.within_transform():
+    if foreign or learned or coarse or not known or registration.within_transform():
         return reference.flow_matching_loss(prediction, target, table, weight, timestep_weight)
     with_gradient = torch.is_grad_enabled() and (prediction.requires_grad or target.requires_grad)
     total, flow_matching, frequency, _ = registration.flow_matching_loss(
