@@ -240,7 +240,9 @@ def test_a_step_is_ordered_without_waiting_for_the_gpu(compiled: bool) -> None:
     """The host can then order the next step while the GPU works at this one."""
     # Bytes, as all images come but the digits.
     config = tiny_config(
-        f"--training.compile={str(compiled).lower()}", "--data.dataset=photographs"
+        f"--training.compile={str(compiled).lower()}",
+        "--data.dataset=photographs",
+        "--model.num_classes=2",
     )
     processes = Processes(0, 1, torch.device("cuda", 0))
     training = TrainingStep(config, processes)

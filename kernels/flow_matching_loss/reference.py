@@ -57,7 +57,9 @@ def reflect_to_blocks(x: Tensor) -> Tensor:
 
 def ycbcr_block_dct(image: Tensor) -> Tensor:
     """RGB (B, 3, H, W) to its YCbCr 8×8 DCT coefficients (B, 3, ⌈H/8⌉, ⌈W/8⌉, 8, 8)."""
-    matrix = image.new_tensor(RGB_TO_YCBCR)
+    # Filled in where the image lies: copied from the host they would make it wait for a GPU.
+    entries = [image.new_full((), entry) for row in RGB_TO_YCBCR for entry in row]
+    matrix = torch.stack(entries).view(3, 3)
     ycbcr = torch.einsum("dc,bchw->bdhw", matrix, image)
     blocks = rearrange(reflect_to_blocks(ycbcr), "b c (h u) (w v) -> b c h w u v", u=BLOCK, v=BLOCK)
     dct = dct_matrix(image.device, image.dtype)

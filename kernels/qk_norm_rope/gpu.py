@@ -109,7 +109,7 @@ def backward_kernel(
     k_weight,
     rotary,  # (L, d/2, 2) float32
     grad_qkv,  # (B·L, 3, H, d)
-    partials,  # (2, programs, D) float32: sums for q_weight and k_weight
+    partials,  # (2, D, programs) float32: sums for q_weight and k_weight
     rows,
     tokens,
     heads,
@@ -149,7 +149,7 @@ def backward_kernel(
         else:
             tl.store(grad_qkv + place, g, mask=mask)
     if part < 2:
-        tl.store(partials + (part * programs + program) * D + column, tl.sum(sums, axis=0))
+        tl.store(partials + (part * D + column) * programs + program, tl.sum(sums, axis=0))
 
 
 def _sizes(qkv: Tensor, weight: Tensor) -> tuple[int, int, int]:
@@ -204,7 +204,8 @@ def backward(
     padded = triton.next_power_of_2(head_size)
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     programs = min(PROGRAMS, triton.cdiv(rows, LAUNCH["ROWS"]))
-    partials = qkv.new_empty((2, programs, padded), dtype=torch.float32)
+    # The programs innermost, so that the sums below read memory in order.
+    partials = qkv.new_empty((2, padded, programs), dtype=torch.float32)
     if rows > 0:
         with torch.cuda.device_of(qkv):
             backward_kernel[(programs, 3)](
@@ -221,7 +222,7 @@ def backward(
                 **LAUNCH,
             )
     grad_q_weight, grad_k_weight = (
-        part.sum(0)[:head_size].to(weight.dtype)
+        part[:head_size].sum(1).to(weight.dtype)
         for part, weight in zip(partials, (q_weight, k_weight), strict=True)
     )
     return grad_qkv, grad_q_weight, grad_k_weight
