@@ -19,6 +19,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       "The instruction set that the CPU kernels use: 'baseline', 'avx2', 'avx512', 'avx512_bf16' "
       "or 'amx'. Raises ValueError if the environment variable DECO_ISA names an unknown "
       "one or one that this CPU lacks.");
+  module.def("has_fast_bfloat16", torch::wrap_pybind_function(&deco::has_fast_bfloat16),
+             "See instruction_set.h.");
   const auto define = [&module](const char* name, auto function, const char* doc) {
     module.def(name, torch::wrap_pybind_function_no_gil(function), doc);
   };

@@ -68,12 +68,25 @@ InstructionSet detect_instruction_set() {
 #endif
 }
 
+bool has_fast_bfloat16() {
+#if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
+  const InstructionSet detected = detect_instruction_set();
+  return detected == InstructionSet::amx ||
+         (detected == InstructionSet::avx512_bf16 && !__builtin_cpu_is("intel"));
+#else
+  return false;
+#endif
+}
+
 InstructionSet selected_instruction_set() {
   static const InstructionSet detected = detect_instruction_set();
+  static const InstructionSet fastest =
+      detected == InstructionSet::avx512_bf16 && !has_fast_bfloat16() ? InstructionSet::avx512
+                                                                      : detected;
   // Read at each call, so that one process can test every instruction set that it has.
   const char* variable = std::getenv("DECO_ISA");
   if (variable == nullptr || *variable == '\0') {
-    return detected;
+    return fastest;
   }
   const std::string wanted = variable;
   for (std::size_t i = 0; i < kNames.size(); ++i) {

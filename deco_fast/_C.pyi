@@ -5,6 +5,7 @@ from torch import Tensor
 sources: int
 
 def instruction_set() -> str: ...
+def has_fast_bfloat16() -> bool: ...
 def flow_matching_loss_forward(
     prediction: Tensor,
     target: Tensor,

@@ -167,7 +167,7 @@ def _check_forced(*ops: str) -> None:
 
 
 def instruction_set() -> str:
-    """What the C++ kernels use: the best that the processor has, or what DECO_ISA names.
+    """What the C++ kernels use: the fastest here, or what DECO_ISA names.
 
     Raises:
         UserError: DECO_ISA names one that is not here.

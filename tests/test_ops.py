@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -335,29 +336,41 @@ class TestInstructionSet:
     def instruction_set(self, extension: object) -> Callable[[], str]:
         return extension.instruction_set
 
-    def test_detects_what_the_system_lists(self, instruction_set: Callable[[], str]) -> None:
+    @pytest.fixture
+    def listed(self) -> str:
+        """The best of what the operating system says that the processor has."""
         try:
             with open("/proc/cpuinfo") as file:
                 lines = [line.split(":")[1] for line in file if line.startswith("flags")]
         except FileNotFoundError:
             pytest.skip("no /proc/cpuinfo here")
         flags = set(lines[0].split()) if lines else set()
-        expected = "baseline"
-        if {"avx2", "fma"} <= flags:
-            expected = "avx2"
-            if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
-                expected = "avx512_bf16" if "avx512_bf16" in flags else "avx512"
-                if {"avx512_bf16", "amx_tile", "amx_bf16"} <= flags:
-                    expected = "amx"
-        assert instruction_set() == expected
+        if not {"avx2", "fma"} <= flags:
+            return "baseline"
+        if not {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+            return "avx2"
+        if "avx512_bf16" not in flags:
+            return "avx512"
+        return "amx" if {"amx_tile", "amx_bf16"} <= flags else "avx512_bf16"
 
-    def test_deco_isa_goes_down_and_never_up(
-        self, instruction_set: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+    def test_uses_the_fastest_that_the_system_lists(
+        self, extension: Any, instruction_set: Callable[[], str], listed: str
     ) -> None:
-        detected = self.ORDER.index(instruction_set())
+        """Intel's bfloat16 without a matrix unit is slower than float32."""
+        if listed == "avx512_bf16" and not extension.has_fast_bfloat16():
+            with open("/proc/cpuinfo") as file:
+                assert "GenuineIntel" in file.read()
+            assert instruction_set() == "avx512"
+        else:
+            assert instruction_set() == listed
+            assert extension.has_fast_bfloat16() == (listed in ("avx512_bf16", "amx"))
+
+    def test_deco_isa_names_what_there_is(
+        self, instruction_set: Callable[[], str], listed: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         for level, name in enumerate(self.ORDER):
             monkeypatch.setenv("DECO_ISA", name)
-            if level <= detected:
+            if level <= self.ORDER.index(listed):
                 assert instruction_set() == name
             else:
                 with pytest.raises(ValueError, match=f"this CPU has no {name}; choose baseline"):

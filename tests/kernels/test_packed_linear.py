@@ -84,13 +84,13 @@ def test_no_rows() -> None:
 def test_wrong_tensors_are_refused() -> None:
     x, weight, bias = layer(4, 64, 70, torch.float32)
     packed = pack(weight)
-    with pytest.raises(RuntimeError, match="weight must be"):
+    with pytest.raises(ValueError, match="weight must be"):
         packed_linear(x[:, :32].contiguous(), packed, None, 70)
-    with pytest.raises(RuntimeError, match="does not fit x"):
+    with pytest.raises(ValueError, match="does not fit x"):
         packed_linear(x.bfloat16(), packed, None, 70)
-    with pytest.raises(RuntimeError, match="bias must be"):
+    with pytest.raises(ValueError, match="bias must be"):
         packed_linear(x, packed, bias[:3], 70)
-    with pytest.raises(RuntimeError, match="must be even"):
+    with pytest.raises(ValueError, match="must be even"):
         pack(torch.zeros(4, 3, dtype=torch.bfloat16))
 
 
