@@ -3,9 +3,11 @@
 In bfloat16 torch uses oneDNN, which is slow without a processor's help: on Intel's AVX-512 without
 a matrix unit it takes 1.7 times as long as float32, without bfloat16 instructions 4 times, with
 AVX2 alone 9 times. There the operands are widened, some rows at a time, and the sums rounded:
-float32 is what they are added up in anyway. In float32 torch uses MKL, which is as fast on Intel's processors. On
-AMD's it has no AVX-512 and reaches half of oneDNN's speed where the processor has; where AVX2 is
-all there is, MKL is the faster one by a sixth.
+float32 is what they are added up in anyway.
+
+In float32 it uses MKL, which is as fast on Intel's processors. On AMD's it has no AVX-512 and
+reaches half of oneDNN's speed where the processor has; where AVX2 is all there is, MKL is the
+faster one by a sixth.
 """
 
 from __future__ import annotations
