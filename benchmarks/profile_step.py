@@ -56,9 +56,9 @@ class Way:
 
 
 WAYS = {
-    "reference": Way("reference"),
-    "fused": Way(None),
+    "reference": Way("reference", ("--training.cuda_graph=false",)),
     "graph": Way(None, ("--training.cuda_graph=true",)),
+    "fused": Way(None, ("--training.cuda_graph=false",)),
 }
 
 

@@ -90,7 +90,7 @@ def pieces(device: str, trial: bool, out: Path) -> Iterator[Piece]:
     if trial:
         profile += ("--config", "deco-digits", "--ways", "reference", "fused")
         profile += ("--set", "training.compile=false", "--batch", "2", "--steps", "2")
-    yield Piece("profile", (*profile, "--device", device), 240)
+    yield Piece("profile", (*profile, "--device", device), 400)
     batch = () if trial else ("--batch", "32")
     for precision in ("bf16", "fp32"):
         test = "benchmarks/test_decoder.py"

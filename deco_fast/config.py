@@ -163,9 +163,9 @@ class TrainingConfig(_Section):
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: autocast, fp32 weights")
     compile: bool = Field(True, description="torch.compile the model and the loss")
     cuda_graph: bool = Field(
-        False,
+        True,
         description="on a single GPU record forward and backward of a step once and replay them, "
-        "where the host is slower than the GPU",
+        "so that it does not wait for the host",
     )
     recompute_activations: bool = Field(
         False, description="compute the DiT blocks again in the backward pass: less memory, slower"

@@ -17,6 +17,7 @@ from deco_fast.training.captured import CapturedBackward, can_capture
 from deco_fast.training.distributed import Processes
 from deco_fast.training.step import TrainingStep
 
+RECORD = CapturedBackward._record
 CPU = Processes(0, 1, torch.device("cpu"))
 STEPS = 4
 
@@ -48,8 +49,14 @@ def batch(step: int, size: int = 4) -> Batch:
 
 def trained(config: RunConfig, processes: Processes, capture: bool) -> tuple[list[Tensor], Tensor]:
     """The weights after some steps, and the figures of all."""
-    training = TrainingStep(config, processes)
-    if capture:
+    training = TrainingStep(
+        config.model_copy(
+            update={"training": config.training.model_copy(update={"cuda_graph": capture})}
+        ),
+        processes,
+    )
+    training.prepare()
+    if capture and training.captured is None:  # where there is no GPU
         training.capture()
     figures = [training(step, batch(step)).values.clone() for step in range(STEPS)]
     return [p.detach().cpu() for p in training.model.parameters()], torch.stack(figures).cpu()
@@ -136,6 +143,24 @@ class TestLogic:
         assert not replayed and losses["total"].isfinite()
         assert all(p.grad is not None for p in training.model.parameters())
 
+    def test_a_step_that_cannot_be_recorded_is_made_without(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        @contextmanager
+        def out_of_memory(*_: Any, **__: Any) -> Iterator[None]:
+            yield
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+        monkeypatch.setattr(captured_module.torch.cuda, "graph", out_of_memory)
+        monkeypatch.setattr(CapturedBackward, "_record", RECORD)
+        config = run_config(gradient_accumulation=2)
+        plain = trained(config, CPU, False)
+        with pytest.warns(UserWarning, match=r"cannot be recorded .*\(CUDA out of memory\.\)"):
+            captured = trained(config, CPU, True)
+        assert torch.equal(captured[1], plain[1])
+        for own, expected in zip(captured[0], plain[0], strict=True):
+            assert torch.equal(own, expected)
+
 
 def test_what_asks_the_host_is_not_recorded() -> None:
     gpu = torch.device("cuda")
@@ -157,3 +182,21 @@ def test_a_recorded_step_trains_as_the_plain_one(accumulation: int, compiled: bo
     torch.testing.assert_close(captured[1], plain[1], rtol=1e-5, atol=1e-6)
     for own, expected in zip(captured[0], plain[0], strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_what_waits_for_the_gpu_cannot_be_recorded() -> None:
+    """And the GPU goes on as if nothing had been tried."""
+    weight = torch.nn.Parameter(torch.ones(3, device="cuda"))
+
+    def network(x: Tensor) -> dict[str, Tensor]:
+        return {"total": (x * weight).sum() * float(x.sum())}
+
+    captured = CapturedBackward(network, [weight], parts=1)
+    x = torch.tensor([1.0, 2.0, 3.0], device="cuda")
+    with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph"):
+        captured(x)
+    torch.testing.assert_close(weight.grad, 6 * x)
+    weight.grad = None
+    captured(2 * x)
+    torch.testing.assert_close(weight.grad, 24 * x)

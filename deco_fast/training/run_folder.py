@@ -29,6 +29,7 @@ _FREE = (
     "data.prefetch",
     "alignment.encoder",
     "alignment.cache",
+    "training.cuda_graph",
     "training.gradient_accumulation",
     "training.recompute_activations",
     "training.distribution",
