@@ -164,8 +164,9 @@ class TrainingConfig(_Section):
     compile: bool = Field(True, description="torch.compile the model and the loss")
     cuda_graph: bool = Field(
         True,
-        description="on a single GPU record forward and backward of a step once and replay them, "
-        "so that it does not wait for the host",
+        description="on GPUs record forward and backward of a step once and replay them, so that "
+        "it does not wait for the host; ddp then averages gradients after the backward pass: "
+        "between GPUs with a slow network false may be faster",
     )
     recompute_activations: bool = Field(
         False, description="compute the DiT blocks again in the backward pass: less memory, slower"

@@ -1,20 +1,24 @@
-"""A step's forward and backward as one CUDA graph: the same training, on a GPU and in its logic."""
+"""A step's forward and backward as one CUDA graph: the same training, on GPUs and in its logic."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import in_processes
 from torch import Tensor
 
 from deco_fast.config import RunConfig, TrainingConfig
 from deco_fast.data.loader import Batch
 from deco_fast.training import captured as captured_module
+from deco_fast.training import distributed as distributed_module
+from deco_fast.training import step as step_module
 from deco_fast.training.captured import CapturedBackward, can_capture
-from deco_fast.training.distributed import Processes
+from deco_fast.training.distributed import Processes, join_processes
 from deco_fast.training.step import TrainingStep
 
 RECORD = CapturedBackward._record
@@ -58,7 +62,9 @@ def trained(config: RunConfig, processes: Processes, capture: bool) -> tuple[lis
     training.prepare()
     if capture and training.captured is None:  # where there is no GPU
         training.capture()
-    figures = [training(step, batch(step)).values.clone() for step in range(STEPS)]
+    count, size = processes.world_size, config.training.batch_size // processes.world_size
+    own = [batch(step * count + processes.rank, size) for step in range(STEPS)]
+    figures = [training(step, given).values.clone() for step, given in enumerate(own)]
     return [p.detach().cpu() for p in training.model.parameters()], torch.stack(figures).cpu()
 
 
@@ -96,8 +102,7 @@ def fake_graph(*_: Any, **__: Any) -> Iterator[None]:
     yield
 
 
-@pytest.fixture
-def _cuda_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def put_cuda_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = captured_module.torch.cuda
     for name, fake in {
         "Stream": FakeStream,
@@ -115,6 +120,36 @@ def _cuda_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         self._graph.recording = self
 
     monkeypatch.setattr(CapturedBackward, "_record", record)
+
+
+@pytest.fixture
+def _cuda_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_cuda_on_the_cpu(monkeypatch)
+
+
+def train_recorded_and_not(folder: Path) -> None:
+    """In one of several processes: a run with DDP, then a recorded one, which is the same."""
+    config = run_config(gradient_accumulation=2, gradient_clipping=0.1)
+    with join_processes("cpu") as processes, pytest.MonkeyPatch.context() as patch:
+        weights, figures = trained(config, processes, False)
+        put_cuda_on_the_cpu(patch)
+        patch.setattr(step_module, "can_capture", lambda *_: True)
+        # A few parameters to a bucket.
+        patch.setattr(distributed_module, "_BUCKET_BYTES", 4096)
+        own_weights, own_figures = trained(config, processes, True)
+        assert FakeGraph.replays > 0
+        assert torch.equal(own_figures, figures)
+        for own, expected in zip(own_weights, weights, strict=True):
+            assert torch.equal(own, expected)
+        torch.save(own_weights, folder / f"{processes.rank}.pt")
+
+
+@pytest.mark.slow
+def test_recorded_steps_of_two_processes_train_as_ddp(tmp_path: Path) -> None:
+    in_processes(2, train_recorded_and_not, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.usefixtures("_cuda_on_the_cpu")
@@ -167,7 +202,10 @@ def test_what_asks_the_host_is_not_recorded() -> None:
     plain = TrainingConfig(steps=1)
     assert can_capture(plain, Processes(0, 1, gpu))
     assert not can_capture(plain, CPU)
-    assert not can_capture(plain, Processes(0, 2, gpu))
+    assert can_capture(plain, Processes(0, 2, gpu))
+    sharing = TrainingConfig(steps=1, distribution="fsdp")
+    assert can_capture(sharing, Processes(0, 1, gpu))
+    assert not can_capture(sharing, Processes(0, 2, gpu))
     recomputing = TrainingConfig(steps=1, recompute_activations=True)
     assert not can_capture(recomputing, Processes(0, 1, gpu))
 

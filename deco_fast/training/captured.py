@@ -23,13 +23,13 @@ _WARM_UP_CALLS = 3
 
 
 def can_capture(config: TrainingConfig, processes: Processes) -> bool:
-    """Whether a run's steps can be recorded: on one GPU, with nothing that asks the host.
+    """Whether a run's steps can be recorded: on GPUs, with nothing that asks the host.
 
-    Recomputing activations reads the random state from the GPU, and DDP and FSDP2 have a say
-    between the blocks.
+    Recomputing activations reads the random state from the GPU, and FSDP2 has a say between the
+    blocks.
     """
-    alone = processes.world_size == 1 and processes.device.type == "cuda"
-    return alone and not config.recompute_activations
+    on_gpus = processes.device.type == "cuda" and not config.recompute_activations
+    return on_gpus and (processes.world_size == 1 or config.distribution == "ddp")
 
 
 class CapturedBackward:
@@ -61,7 +61,7 @@ class CapturedBackward:
         call."""
         if self._graph is None and not self._failed:
             self._record(inputs)
-        if self._graph is None or any(_differ(own, given) for own, given in zip(self._inputs, inputs, strict=True)):
+        if self._graph is None or not self._fits(inputs):
             return self._compute(inputs)
         for own, given in zip(self._inputs, inputs, strict=True):
             if own is not None and given is not None:
@@ -69,6 +69,9 @@ class CapturedBackward:
         self._graph.replay()
         self._hand_over()
         return self._losses
+
+    def _fits(self, inputs: Sequence[Tensor | None]) -> bool:
+        return not any(map(_differ, self._inputs, inputs))
 
     def _compute(self, inputs: Sequence[Tensor | None]) -> Losses:
         losses = self._network(*inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +19,10 @@ T = TypeVar("T")
 
 _STORE_KEY = "deco_fast/store"
 _CONNECT_TIMEOUT = timedelta(seconds=5)
+
+_BUCKET_BYTES = 128 * 2**20
+"""Of gradients that travel together: large enough for the wires' full speed, and several of them
+so that one is gathered while another is under way."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,22 @@ class Processes:
             values = values / self.world_size
         return values
 
+    def mean_of_each(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The means of tensors of one dtype on the device over all processes."""
+        if self.world_size == 1:
+            return list(tensors)
+        under_way = []
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        means = []
+        for bucket, flat, work in under_way:
+            work.wait()
+            flat /= self.world_size
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            means += [part.view_as(own) for part, own in zip(parts, bucket, strict=True)]
+        return means
+
     def share(self, count: int) -> range:
         """This process's part of so many things: consecutive ones, in the order of the ranks."""
         start, stop = (count * (self.rank + k) // self.world_size for k in (0, 1))
@@ -97,6 +117,20 @@ class Processes:
         """Wait for the other processes."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Neighbours, of `_BUCKET_BYTES` together where one alone is not larger."""
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.nbytes > _BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
 
 
 def pick_device(device: str) -> torch.device:

@@ -77,7 +77,7 @@ def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def prepare_network(
-    objective: Objective, config: TrainingConfig, processes: Processes
+    objective: Objective, config: TrainingConfig, processes: Processes, *, recorded: bool = False
 ) -> nn.Module:
     """What a step calls in place of the objective: wrapped for DDP, and compiled.
 
@@ -85,10 +85,12 @@ def prepare_network(
         objective: sharded already where the processes share it.
         config: the run's training section.
         processes: this process among those of the run.
+        recorded: whether it goes into a CUDA graph, after which the caller averages the gradients
+            itself: DDP would do so in the middle of the backward pass.
     """
     network: nn.Module = objective
     sharded = isinstance(objective, FSDPModule)
-    if processes.world_size > 1 and not sharded:
+    if processes.world_size > 1 and not (sharded or recorded):
         network = DistributedDataParallel(
             objective,
             [processes.device] if processes.device.type == "cuda" else None,

@@ -103,12 +103,14 @@ class TrainingStep:
     def prepare(self) -> None:
         """Wrap the objective for several processes, compile it and see to its recording; once,
         before the first step."""
+        training = self.config.training
+        recorded = training.cuda_graph and can_capture(training, self.processes)
         self.network = parallel.prepare_network(
-            self.objective, self.config.training, self.processes
+            self.objective, training, self.processes, recorded=recorded
         )
-        if self.features is not None and self.config.training.compile:
+        if self.features is not None and training.compile:
             self.features.compile()
-        if self.config.training.cuda_graph and can_capture(self.config.training, self.processes):
+        if recorded:
             self.capture()
 
     def capture(self) -> None:
@@ -145,6 +147,8 @@ class TrainingStep:
                     (losses["total"] / parts).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach().float()
+        if self.captured is not None and self.processes.world_size > 1:
+            self._average_gradients()
         losses_over_all = self.processes.mean(torch.stack(list(sums.values())) / parts)
         norm = self._clip_gradients()
         self.guard.check(losses_over_all[0], norm)
@@ -175,6 +179,12 @@ class TrainingStep:
         first = self.processes.rank * len(batch.labels) + own.start
         places = range(first, first + len(labels))
         return x, draw_step(self.config, step, places, labels, self.device)
+
+    def _average_gradients(self) -> None:
+        owners = [parameter for parameter in self._parameters if parameter.grad is not None]
+        own = [parameter.grad for parameter in owners if parameter.grad is not None]
+        for parameter, mean in zip(owners, self.processes.mean_of_each(own), strict=True):
+            parameter.grad = mean
 
     def _clip_gradients(self) -> Tensor:
         """The norm of the whole gradient before it was clipped."""
