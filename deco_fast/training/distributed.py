@@ -21,8 +21,8 @@ _STORE_KEY = "deco_fast/store"
 _CONNECT_TIMEOUT = timedelta(seconds=5)
 
 _BUCKET_BYTES = 128 * 2**20
-"""Of gradients that travel together: large enough for the wires' full speed, and several of them
-so that one is gathered while another is under way."""
+"""Of tensors that travel together: enough for the wires' full speed, and few enough that one bucket
+can be gathered while another is under way."""
 
 
 @dataclass(frozen=True)
@@ -70,21 +70,26 @@ class Processes:
             values = values / self.world_size
         return values
 
-    def mean_of_each(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The means of tensors of one dtype on the device over all processes."""
+    def average_(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Put the means over all processes in the place of tensors of one dtype on the device."""
         if self.world_size == 1:
-            return list(tensors)
-        under_way = []
+            return
+        under_way = None
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
-            under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-        means = []
-        for bucket, flat, work in under_way:
-            work.wait()
-            flat /= self.world_size
-            parts = flat.split([tensor.numel() for tensor in bucket])
-            means += [part.view_as(own) for part, own in zip(parts, bucket, strict=True)]
-        return means
+            work = dist.all_reduce(flat, async_op=True)
+            if under_way is not None:
+                self._put_mean(*under_way)
+            under_way = bucket, flat, work
+        if under_way is not None:
+            self._put_mean(*under_way)
+
+    def _put_mean(self, bucket: list[torch.Tensor], flat: torch.Tensor, work: dist.Work) -> None:
+        work.wait()
+        flat /= self.world_size
+        parts = flat.split([tensor.numel() for tensor in bucket])
+        shaped = [part.view_as(own) for part, own in zip(parts, bucket, strict=True)]
+        torch._foreach_copy_(bucket, shaped)
 
     def share(self, count: int) -> range:
         """This process's part of so many things: consecutive ones, in the order of the ranks."""

@@ -147,8 +147,8 @@ class TrainingStep:
                     (losses["total"] / parts).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach().float()
-        if self.captured is not None and self.processes.world_size > 1:
-            self._average_gradients()
+        if self.captured is not None:
+            self.processes.average_([p.grad for p in self._parameters if p.grad is not None])
         losses_over_all = self.processes.mean(torch.stack(list(sums.values())) / parts)
         norm = self._clip_gradients()
         self.guard.check(losses_over_all[0], norm)
@@ -179,12 +179,6 @@ class TrainingStep:
         first = self.processes.rank * len(batch.labels) + own.start
         places = range(first, first + len(labels))
         return x, draw_step(self.config, step, places, labels, self.device)
-
-    def _average_gradients(self) -> None:
-        owners = [parameter for parameter in self._parameters if parameter.grad is not None]
-        own = [parameter.grad for parameter in owners if parameter.grad is not None]
-        for parameter, mean in zip(owners, self.processes.mean_of_each(own), strict=True):
-            parameter.grad = mean
 
     def _clip_gradients(self) -> Tensor:
         """The norm of the whole gradient before it was clipped."""
