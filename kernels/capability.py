@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -19,3 +21,18 @@ def is_foreign(tensor: Tensor) -> bool:
     if not tensor.is_cuda:
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(tensor.device) < (8, 0)
+
+
+@functools.cache
+def has_fast_bfloat16() -> bool:
+    """Whether a CPU's products in bfloat16 are faster than in float32; True where no one can tell.
+
+    The C++ extension tells (csrc/instruction_set.h).
+    """
+    from deco_fast.kernels.registry import extension_problem
+
+    if extension_problem() is not None:
+        return True
+    from deco_fast import _C
+
+    return _C.has_fast_bfloat16()

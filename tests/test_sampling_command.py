@@ -237,6 +237,21 @@ class TestDrawing:
             # Matrix products of another size may round a level to its neighbour.
             assert most_different(images, reference[: len(images)]) <= 1
 
+    @pytest.mark.parametrize("fast", [True, False])
+    def test_a_processor_that_is_slow_at_bf16_is_named(
+        self,
+        checkpoint: Path,
+        fast: bool,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr("deco_fast.cli.sample.has_fast_bfloat16", lambda: fast)
+        for dtype in ("fp32", "bf16"):
+            options = ("--dtype", dtype, "--device", "cpu", "--npz", f"{dtype}.npz")
+            assert run("--checkpoint", checkpoint, "--num", 1, *options) == 0
+            said = "--dtype fp32 draws faster" in capsys.readouterr().out
+            assert said == (dtype == "bf16" and not fast)
+
     def test_another_size_and_dtype(self, checkpoint: Path) -> None:
         fp32, bf16 = Path("fp32.npz"), Path("bf16.npz")
         for path in (fp32, bf16):

@@ -197,6 +197,17 @@ def test_a_changed_configuration_is_refused_by_name(
     assert run(folder, 2, "--output.log_every=1") == 0
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_processor_that_is_slow_at_bf16_is_named(
+    tmp_path: Path, fast: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("deco_fast.cli.train.has_fast_bfloat16", lambda: fast)
+    for precision in ("fp32", "bf16"):
+        assert run(tmp_path / precision, 1, f"--training.precision={precision}") == 0
+        said = "--training.precision=fp32 trains faster" in capsys.readouterr().out
+        assert said == (precision == "bf16" and not fast)
+
+
 def test_two_commands_do_not_train_in_one_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ from deco_fast.compiling import explain_compile_errors, keep_compiled_code
 from deco_fast.conditioning.qwen3 import Qwen3TextEncoder
 from deco_fast.errors import UserError, run_command
 from deco_fast.guidance import check_interval
+from deco_fast.kernels.capability import has_fast_bfloat16
 from deco_fast.models.attention import activate_flash_attention
 from deco_fast.models.card import ModelCard, SamplingSettings
 from deco_fast.models.config import DeCoT2IConfig
@@ -184,6 +185,8 @@ def _run(plan: _Plan, options: argparse.Namespace, processes: Processes) -> int:
         "computing",
         f"{options.dtype} on {processes.world_size} × {processes.device}, batch {batch_size}",
     )
+    if options.dtype == "bf16" and processes.device.type == "cpu" and not has_fast_bfloat16():
+        say("", "this processor is slower in bf16: --dtype fp32 draws faster")
 
     # The first process makes the place for the images, alone in it, then the others find it.
     record = _record(plan, options, model)

@@ -15,6 +15,7 @@ from deco_fast.cli.parser import CommandParser, not_empty, to_path
 from deco_fast.compiling import explain_compile_errors, keep_compiled_code
 from deco_fast.config import RunConfig, load_config, option_help
 from deco_fast.errors import UserError, nearest, run_command
+from deco_fast.kernels.capability import has_fast_bfloat16
 from deco_fast.training.distributed import Processes, join_processes
 from deco_fast.training.estimate import estimate
 from deco_fast.training.run_folder import RunFolder
@@ -92,6 +93,9 @@ def _run(trainer: Trainer, initial: InitialWeights | None, say: Callable[[str], 
         f"{len(trainer.dataset):,} images, {config.training.batch_size} a step, "
         f"{processes.world_size} × {processes.device}, {config.training.precision}"
     )
+    slow_bf16 = processes.device.type == "cpu" and not has_fast_bfloat16()
+    if config.training.precision == "bf16" and slow_bf16:
+        say("this processor is slower in bf16: --training.precision=fp32 trains faster")
     if trainer.training.features is not None:
         say(trainer.training.features.describe())
     keep_compiled_code()

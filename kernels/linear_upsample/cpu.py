@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deco_fast.kernels.capability import has_avx512
+from deco_fast.kernels.capability import has_avx512, has_fast_bfloat16
 
 _WIDENED_ROWS = 1024
 """As few as keep the product fast: the sums of these rows are still in a cache when rounded."""
@@ -28,7 +28,7 @@ _WIDENED_ROWS = 1024
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) times the transpose of b (N, K), contiguous (M, N)."""
-    if a.dtype == torch.bfloat16 and not _has_fast_bfloat16():
+    if a.dtype == torch.bfloat16 and not has_fast_bfloat16():
         wide = b.float()
         result = a.new_empty(a.shape[0], b.shape[0])
         for rows, out in zip(a.split(_WIDENED_ROWS), result.split(_WIDENED_ROWS), strict=True):
@@ -48,13 +48,6 @@ def onednn_matmul_nt(a: Tensor, b: Tensor) -> Tensor:
 def has_onednn() -> bool:
     """Whether this build of torch has oneDNN and its linear operator."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-@functools.cache
-def _has_fast_bfloat16() -> bool:
-    from deco_fast import _C
-
-    return _C.has_fast_bfloat16()
 
 
 @functools.cache

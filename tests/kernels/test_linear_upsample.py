@@ -44,7 +44,7 @@ def test_product(m: int, n: int, k: int, transposed: tuple[bool, bool], library:
 @pytest.mark.parametrize("turned", [True, False])
 def test_bfloat16_product(fast: bool, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16, or widened some rows at a time where the processor is slow at that."""
-    monkeypatch.setattr(cpu, "_has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(cpu, "has_fast_bfloat16", lambda: fast)
     m, n, k = cpu._WIDENED_ROWS + 3, 5, 7
     a = (torch.randn(k, m).T if turned else torch.randn(m, k)).bfloat16()
     b = torch.randn(n, k).bfloat16()
