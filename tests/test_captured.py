@@ -110,6 +110,7 @@ def put_cuda_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "stream": fake_graph,
         "graph": fake_graph,
         "CUDAGraph": FakeGraph,
+        "set_stream": lambda stream: None,
     }.items():
         monkeypatch.setattr(cuda, name, fake)
     original = CapturedBackward._record
@@ -213,9 +214,12 @@ def test_what_asks_the_host_is_not_recorded() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_recorded_step_trains_as_the_plain_one(accumulation: int, compiled: bool) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # in fp32 the decoder is the reference
+def test_a_recorded_step_trains_as_the_plain_one(
+    accumulation: int, compiled: bool, precision: str
+) -> None:
     gpu = Processes(0, 1, torch.device("cuda"))
-    config = run_config(gradient_accumulation=accumulation, compile=compiled)
+    config = run_config(gradient_accumulation=accumulation, compile=compiled, precision=precision)
     plain, captured = (trained(config, gpu, capture) for capture in (False, True))
     torch.testing.assert_close(captured[1], plain[1], rtol=1e-5, atol=1e-6)
     for own, expected in zip(captured[0], plain[0], strict=True):
@@ -232,8 +236,10 @@ def test_what_waits_for_the_gpu_cannot_be_recorded() -> None:
 
     captured = CapturedBackward(network, [weight], parts=1)
     x = torch.tensor([1.0, 2.0, 3.0], device="cuda")
+    stream = torch.cuda.current_stream()
     with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph"):
         captured(x)
+    assert torch.cuda.current_stream() == stream
     torch.testing.assert_close(weight.grad, 6 * x)
     weight.grad = None
     captured(2 * x)

@@ -60,10 +60,12 @@ class Features:
         # All of them: another batch size would be compiled anew.
         features = self.encoder(images).to(DTYPE)
         missing = [i for i, entry in enumerate(known) if entry is None]
-        self._write([numbers[i] for i in missing], features[missing])
+        rows = to_device(torch.tensor(missing), images.device)
+        self._write([numbers[i] for i in missing], features[rows])
         if found:
-            present = [i for i, entry in enumerate(known) if entry is not None]
-            features[present] = to_device(torch.stack(found), images.device)
+            present = torch.tensor([i for i, entry in enumerate(known) if entry is not None])
+            rows = to_device(present, images.device)
+            features[rows] = to_device(torch.stack(found), images.device)
         return features.float()
 
     def compile(self) -> None:

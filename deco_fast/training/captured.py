@@ -82,22 +82,26 @@ class CapturedBackward:
         held = [parameter.grad for parameter in self._parameters]
         self._inputs = tuple(None if tensor is None else tensor.clone() for tensor in inputs)
         stream = torch.cuda.Stream(self._parameters[0].device)
-        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        current = torch.cuda.current_stream(stream.device)
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_CALLS):
                 self._forget_gradients()
                 self._compute(self._inputs)
         self._forget_gradients()
-        torch.cuda.current_stream(stream.device).wait_stream(stream)
+        current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
             # The loader's thread may pin memory in the meantime, which is no part of the recording.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 losses = self._compute(self._inputs)
         except RuntimeError as error:
+            # An error while a recording ends leaves its stream behind as the current one.
+            torch.cuda.set_stream(current)
             self._failed, self._inputs = True, ()
             self._forget_gradients()
-            reason = str(error).strip().partition("\n")[0]
+            # The error of what was recorded, where that of the end of the recording followed it.
+            reason = str(error.__context__ or error).strip().partition("\n")[0]
             warnings.warn(
                 f"a step cannot be recorded as a CUDA graph ({reason}): it is made without, which "
                 "is slower where the host is; --training.cuda_graph=false does so at once",

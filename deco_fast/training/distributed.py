@@ -70,6 +70,12 @@ class Processes:
             values = values / self.world_size
         return values
 
+    def copy_from_main_(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Put the main process's values in the place of tensors on the device."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
     def average_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Put the means over all processes in the place of tensors of one dtype on the device."""
         if self.world_size == 1:

@@ -111,6 +111,8 @@ class TrainingStep:
         if self.features is not None and training.compile:
             self.features.compile()
         if recorded:
+            # As DDP does: processors of another kind may draw other bits from the same seed.
+            self.processes.copy_from_main_([p.detach() for p in self._parameters])
             self.capture()
 
     def capture(self) -> None:

@@ -136,7 +136,9 @@ def _separate(flat: Tensor, small: Sequence[Tensor]) -> list[Tensor]:
     # Converted at once where all have the same dtype: one launch, and not one for each.
     flat = flat.to(functools.reduce(torch.promote_types, (tensor.dtype for tensor in small)))
     pieces = [torch.empty_like(tensor, dtype=flat.dtype).view(-1) for tensor in small]
-    torch.split_with_sizes_copy(flat, [piece.numel() for piece in pieces], out=pieces)
+    # Not split_with_sizes_copy, which passes addresses through the host's memory: a graph would
+    # read them there again at every replay.
+    torch._foreach_copy_(pieces, list(flat.split([piece.numel() for piece in pieces])))
     return [
         piece.view(tensor.shape).to(tensor.dtype)
         for piece, tensor in zip(pieces, small, strict=True)
@@ -216,13 +218,16 @@ def _choose(
     tile: Tile,
     run: Callable[[Tile], object],
 ) -> Tile:
-    """The table's tile, or with DECO_AUTOTUNE=1 the fastest; a graph under capture has no time."""
-    if _interpreted(x.device) or not tuning.is_on() or torch.cuda.is_current_stream_capturing():
+    """The table's tile, or with DECO_AUTOTUNE=1 the fastest; a graph under capture has no time to
+    find out, and takes what the calls before it found."""
+    if _interpreted(x.device) or not tuning.is_on():
         return tile
     # Pixels to the next power of two: much the same work has the same best tile.
     pixels = 2 ** (x[:, 0].numel() - 1).bit_length()
     problem = f"pixel_decoder {direction}, {shape}, {pixels} pixels"
     gpu = torch.cuda.get_device_name(x.device)
+    if torch.cuda.is_current_stream_capturing():
+        return tuning.known(problem, gpu, candidates(tile)) or tile
     return tuning.fastest(problem, gpu, candidates(tile), run)
 
 
