@@ -173,6 +173,52 @@ class TestGenEval:
         assert Path("g/00000/samples/0000.png").read_bytes() != before
         assert Path("g/notes.txt").read_text() == "mine"
 
+    def test_overwrite_deletes_our_files_and_no_others(
+        self, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        # Folders of years beside the settings.json of another program.
+        Path("mine/02023/samples").mkdir(parents=True)
+        Path("mine/settings.json").write_text('{"theme": "dark"}')
+        Path("mine/02023/samples/0000.png").write_bytes(b"mine")
+        assert run("--geneval", "metadata.jsonl", "--out", "mine", "--overwrite") == 2
+        error = capsys.readouterr().err
+        assert (
+            error == "error: mine/settings.json holds no settings of ours: choose another place\n"
+        )
+        assert files(Path("mine")) == {"settings.json", "02023/samples/0000.png"}
+        # Among images of ours.
+        command = ("--geneval", "metadata.jsonl", "--out", "g")
+        assert run(*command) == 0
+        for name in ("2023/tax.txt", "00001/notes.txt", "00001/samples/0000-mine.png"):
+            Path("g", name).parent.mkdir(exist_ok=True)
+            Path("g", name).write_text("mine")
+        Path("metadata.jsonl").write_text(self.LINES[0] + "\n", "utf-8")
+        assert run(*command, "--overwrite") == 0
+        samples = {f"00000/samples/{k:04d}.png" for k in range(4)}
+        assert files(Path("g")) == {
+            *samples,
+            *("settings.json", "00000/metadata.jsonl", "2023/tax.txt"),
+            *("00001/notes.txt", "00001/samples/0000-mine.png"),
+        }
+
+    def test_a_grid_takes_the_place_of_nothing(
+        self, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        Path("run.v1-grid.png").write_bytes(b"mine")
+        command = ("--geneval", "metadata.jsonl", "--out")
+        assert run(*command, "run.v1") == 2
+        error = capsys.readouterr().err
+        assert (
+            "run.v1-grid.png exists, where the grid of run.v1 goes: choose another --out" in error
+        )
+        assert Path("run.v1-grid.png").read_bytes() == b"mine" and not Path("run.v1").exists()
+        # The number after the dot is part of the name.
+        assert run(*command, "run.v2") == 0
+        assert Path("run.v2-grid.png").exists() and not Path("run-grid.png").exists()
+        assert run(*command, "run.v2") == 0
+        assert run(*command, "run.v1", "--overwrite") == 0
+        assert Path("run.v1-grid.png").read_bytes() != b"mine"
+
 
 class TestDpg:
     @pytest.fixture(autouse=True)
@@ -237,6 +283,30 @@ class TestDpg:
             assert run("--dpg", "prompts", "--out", "d", *extra) == 2
             assert "d holds files that are not ours" in capsys.readouterr().err
         assert Path("d/mine.png").read_bytes() == b"mine"
+
+    def test_overwrite_deletes_our_files_and_no_others(
+        self, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        Path("d.settings.json").write_text('{"theme": "dark"}')
+        command = ("--dpg", "prompts", "--out", "d", "--overwrite")
+        for holds in (False, True):
+            Path("d").mkdir(exist_ok=True)
+            if holds:
+                Path("d/256.png").write_bytes(b"mine")
+            assert run(*command) == 2
+            assert "d.settings.json holds no settings of ours" in capsys.readouterr().err
+        assert Path("d.settings.json").read_text() == '{"theme": "dark"}'
+        Path("d/256.png").unlink()
+        Path("d.settings.json").unlink()
+        assert run(*command) == 0
+        grid = Path("d/256.png").read_bytes()
+        Path("d/holiday.png").write_bytes(b"mine")
+        assert run(*command, "--seed", 1) == 2
+        assert "d/holiday.png is no image of these prompts: delete it" in capsys.readouterr().err
+        assert Path("d/256.png").read_bytes() == grid
+        Path("d/holiday.png").unlink()
+        assert run(*command, "--seed", 1) == 0
+        assert Path("d/256.png").read_bytes() != grid
 
 
 @pytest.mark.parametrize("folder_class", [GenEvalFolder, DpgFolder])

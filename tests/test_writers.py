@@ -23,7 +23,13 @@ from deco_fast.errors import UserError
 from deco_fast.sampling.images import image_grid, save_grid, to_uint8
 from deco_fast.sampling.writers import NpzFile, PngFolder, check_writable, free_folder
 
-SETTINGS = {"seed": 0, "steps": 10, "guidance_interval": (0.1, 1.0), "checkpoint": "here"}
+SETTINGS = {
+    "seed": 0,
+    "steps": 10,
+    "guidance_interval": (0.1, 1.0),
+    "checkpoint": "here",
+    "deco_fast": "1.0",
+}
 LABELS = [i % 3 for i in range(10)]
 
 
@@ -136,6 +142,26 @@ class TestPngFolder:
         with pytest.raises(UserError, match=r"settings\.json that is not ours"):
             self.folder(tmp_path).open()
         assert (tmp_path / "settings.json").read_text() == "not JSON"
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("not JSON", r"settings\.json that is not ours"),
+            ('{"theme": "dark", "steps": 3}', r"settings\.json that is not ours"),
+            (None, r"holds grid\.png without settings\.json"),
+        ],
+    )
+    def test_overwrite_is_not_for_files_of_others(
+        self, tmp_path: Path, content: str | None, message: str
+    ) -> None:
+        (tmp_path / "grid.png").write_bytes(b"mine")
+        if content is not None:
+            (tmp_path / "settings.json").write_text(content)
+        before = listing(tmp_path)
+        with pytest.raises(UserError, match=message):
+            self.folder(tmp_path).open(overwrite=True)
+        assert listing(tmp_path) == before
+        assert free_folder(tmp_path, SETTINGS, LABELS).path.name == f"{tmp_path.name}-2"
 
     def test_free_folder_is_the_first_that_is_not_taken(self, tmp_path: Path) -> None:
         base = tmp_path / "samples"

@@ -314,12 +314,16 @@ def _place(output: Output) -> Path:
 
 def _check_grid(options: argparse.Namespace, output: Output) -> None:
     """Raise UserError where a grid would take the place of what is not one of these images."""
-    if not isinstance(output, NpzFile) or options.overwrite:
+    if isinstance(output, PngFolder) or options.overwrite:
         return
+    if isinstance(output, NpzFile):
+        option, is_begun = "--npz", output.path.exists() or output.partial.exists()
+    else:
+        option, is_begun = "--out", output.settings_file.exists()
     grid = _grid_path(options, output)
-    if grid.exists() and not output.path.exists() and not output.partial.exists():
+    if grid.exists() and not is_begun:
         raise UserError(
-            f"{grid} exists, where the grid of {output.path} goes: choose another --npz, or "
+            f"{grid} exists, where the grid of {output.path} goes: choose another {option}, or "
             "--overwrite it"
         )
 
@@ -329,7 +333,9 @@ def _grid_path(options: argparse.Namespace, output: Output) -> Path:
         return output.path / GRID_FILE
     if isinstance(output, NpzFile) and options.out:
         return options.out / GRID_FILE
-    return output.path.with_name(f"{output.path.stem}-{GRID_FILE}")
+    # A folder's name has no suffix, whatever dots there are in it.
+    name = output.path.stem if isinstance(output, NpzFile) else output.path.name
+    return output.path.with_name(f"{name}-{GRID_FILE}")
 
 
 def _describe_prompts(

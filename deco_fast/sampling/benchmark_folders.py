@@ -7,7 +7,7 @@ i div 4.
 
 from __future__ import annotations
 
-import shutil
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from deco_fast.checkpoint.atomic import atomic_file, remove_temporaries
+from deco_fast.checkpoint.atomic import atomic_file, is_leftover, remove_temporaries
 from deco_fast.errors import UserError
 from deco_fast.sampling.prompts import IMAGES_PER_PROMPT, DpgPrompt, GenEvalPrompt
 from deco_fast.sampling.writers import (
@@ -56,23 +56,24 @@ class _BenchmarkFolder(ABC):
         return self._file(index).exists()
 
     def open(self, overwrite: bool = False) -> None:
-        """Make the folder; with `overwrite`, delete one with images of other settings.
+        """Make the folder; with `overwrite`, delete the images of other settings in it.
 
         Raises:
-            UserError: it cannot be written, or holds images of other settings or other files.
+            UserError: it cannot be written, or holds images of other settings, or, with
+                `overwrite` too, files that are not ours.
         """
-        if self._holds_something():
-            differing = "files that are not ours"
-            if self.settings_file.exists():
-                differing = changes(read_settings(self.settings_file), self.settings)
-                differing = differing and f"images of other settings ({differing})"
-            if differing and not (overwrite and self.settings_file.exists()):
+        if self.settings_file.exists():
+            before = read_settings(self.settings_file)
+            differing = changes(before, self.settings) if self._holds_something() else ""
+            if differing and not overwrite:
                 raise UserError(
-                    f"{self.path} holds {differing}: choose another --out"
-                    + (", or --overwrite them" if self.settings_file.exists() else "")
+                    f"{self.path} holds images of other settings ({differing}): "
+                    "choose another --out, or --overwrite them"
                 )
             if differing:
                 self._delete()
+        elif self._holds_something():
+            raise UserError(f"{self.path} holds files that are not ours: choose another --out")
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         write_settings(self.settings_file, self.settings)
@@ -140,9 +141,17 @@ class GenEvalFolder(_BenchmarkFolder):
 
     def _delete(self) -> None:
         with writing(self.path):
-            for folder in self.path.iterdir():
-                if folder.is_dir() and folder.name.isdigit():
-                    shutil.rmtree(folder)
+            for folder in sorted(self.path.iterdir()):
+                if not re.fullmatch(r"[0-9]{5,}", folder.name) or not folder.is_dir():
+                    continue
+                samples = folder / "samples"
+                remove_temporaries(folder)
+                remove_temporaries(samples)
+                (folder / "metadata.jsonl").unlink(missing_ok=True)
+                for sample in range(IMAGES_PER_PROMPT):
+                    (samples / f"{sample:04d}.png").unlink(missing_ok=True)
+                _remove_if_empty(samples)
+                _remove_if_empty(folder)
 
     def first(self, count: int) -> Tensor:
         return _load([self._file(index) for index in range(count)])
@@ -193,10 +202,27 @@ class DpgFolder(_BenchmarkFolder):
         return super()._holds_something() or self.partial.exists()
 
     def _delete(self) -> None:
+        prompts = range(len(self._prompts))
+        grids = {self._grid(prompt) for prompt in prompts}
+        images = {self._file(index) for index in range(IMAGES_PER_PROMPT * len(prompts))}
+        for folder, ours in ((self.path, grids), (self.partial, images)):
+            there = {file for file in _entries(folder) if not is_leftover(file)}
+            # Left there, it would be scored with the others.
+            if foreign := sorted(there - ours):
+                raise UserError(
+                    f"{foreign[0]} is no image of these prompts: delete it, or choose another --out"
+                )
         with writing(self.path):
-            for grid in self.path.glob("*.png"):
-                grid.unlink()
-        shutil.rmtree(self.partial, ignore_errors=True)
+            for grid in grids:
+                grid.unlink(missing_ok=True)
+        self._delete_partial()
+
+    def _delete_partial(self) -> None:
+        with writing(self.partial):
+            remove_temporaries(self.partial)
+            for index in range(IMAGES_PER_PROMPT * len(self._prompts)):
+                self._file(index).unlink(missing_ok=True)
+            _remove_if_empty(self.partial)
 
     def first(self, count: int) -> Tensor:
         return torch.stack([self._image(index) for index in range(count)])
@@ -224,7 +250,16 @@ class DpgFolder(_BenchmarkFolder):
             a, b, c, d = _load([self._file(first + sample) for sample in range(IMAGES_PER_PROMPT)])
             grid = torch.cat([torch.cat([a, b], dim=1), torch.cat([c, d], dim=1)])
             save_png(self._grid(prompt), grid.numpy())
-        shutil.rmtree(self.partial, ignore_errors=True)
+        self._delete_partial()
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not _entries(folder):
+        folder.rmdir()
 
 
 def _load(files: Sequence[Path]) -> Tensor:

@@ -32,6 +32,8 @@ Settings = Mapping[str, Any]
 
 SETTINGS_FILE = "settings.json"
 GRID_FILE = "grid.png"
+VERSION_KEY = "deco_fast"
+"""The setting by which a settings.json is known as ours: the version that drew the images."""
 
 # The same images may come from elsewhere, by other means.
 _FREE = frozenset({"checkpoint", "device"})
@@ -64,9 +66,11 @@ class PngFolder:
         """Make the folder; with `overwrite`, delete the images that it holds.
 
         Raises:
-            UserError: it cannot be written, holds images of other settings, or files that are
-                not ours but have the names of ours.
+            UserError: it cannot be written, holds images of other settings, or, with `overwrite`
+                too, files that are not ours but have the names of ours.
         """
+        if foreign := self._foreign():
+            raise UserError(f"{self.path} {foreign}: choose another --out")
         difference = self.difference()
         if difference and not overwrite:
             raise UserError(f"{self.path} {difference}: choose another --out, or --overwrite them")
@@ -80,15 +84,23 @@ class PngFolder:
 
     def difference(self) -> str:
         """What in the folder is in the way, as the end of a sentence; empty if nothing is."""
+        if foreign := self._foreign():
+            return foreign
+        if not (self.path / SETTINGS_FILE).exists():
+            return ""
+        difference = changes(read_settings(self.path / SETTINGS_FILE), self.settings)
+        return f"holds images of other settings ({difference})" if difference else ""
+
+    def _foreign(self) -> str:
+        """What has a name of ours and is not ours, as `difference` says it."""
         if not self.path.is_dir():
             return ""
         if (self.path / SETTINGS_FILE).exists():
             try:
-                before = read_settings(self.path / SETTINGS_FILE)
+                read_settings(self.path / SETTINGS_FILE)
             except UserError:
                 return f"holds a {SETTINGS_FILE} that is not ours"
-            difference = changes(before, self.settings)
-            return f"holds images of other settings ({difference})" if difference else ""
+            return ""
         foreign = [file.name for file in self._images()]
         return f"holds {min(foreign)} without {SETTINGS_FILE}" if foreign else ""
 
@@ -309,7 +321,13 @@ def write_settings(file: Path, settings: Settings) -> None:
 
 
 def read_settings(path: Path) -> Settings:
-    """Settings from a JSON file or from inside an npz file."""
+    """Settings from a JSON file or from inside an npz file.
+
+    Raises:
+        UserError: it cannot be read, or was not written by `write_settings`: other programs have
+            a settings.json too.
+    """
+    remedy = "choose another place" + (", or --overwrite" if path.suffix != ".json" else "")
     try:
         if path.suffix == ".json":
             settings = json.loads(path.read_text(encoding="utf-8"))
@@ -317,12 +335,10 @@ def read_settings(path: Path) -> Settings:
             with zipfile.ZipFile(path) as archive:
                 settings = json.loads(archive.read(SETTINGS_FILE))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} does not say what its images were drawn with: "
-            "choose another place, or --overwrite"
-        ) from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} holds no settings: choose another place, or --overwrite")
+        raise UserError(f"{path} does not say what its images were drawn with: {remedy}") from error
+    # Where there is nothing in it, nothing is lost with it.
+    if not isinstance(settings, dict) or (settings and VERSION_KEY not in settings):
+        raise UserError(f"{path} holds no settings of ours: {remedy}")
     return settings
 
 
