@@ -25,7 +25,8 @@ from deco_fast.evaluation.extractors import open_extractor
 from deco_fast.evaluation.frechet import Moments, frechet_distance
 from deco_fast.evaluation.random_conv import RandomConvExtractor
 from deco_fast.evaluation.spectrum import block_energy, spectral_error
-from deco_fast.experiments.reference import Reference, suite_reference
+from deco_fast.evaluation.statistics import SetStatistics
+from deco_fast.experiments.reference import Reference, dataset_identity, suite_reference
 from deco_fast.experiments.suite import Evaluation, load_suite, plan, suite_names
 from deco_fast.experiments.table import RunResult, markdown
 from deco_fast.models.deco import DeCo
@@ -361,6 +362,43 @@ def test_a_reference_is_computed_anew_when_its_files_change(tmp_path: Path) -> N
     assert others.identity != first.identity and others.statistics.count == 20
     assert not torch.equal(others.statistics.pooled.mean, first.statistics.pooled.mean)
     assert open_reference(30, 60).statistics.count == 30
+
+
+def test_a_reference_is_of_the_very_images_that_are_trained_on(tmp_path: Path) -> None:
+    """A folder of the same names is another reference, and so are other crops of one folder."""
+    for root, brightness in (("one", 255), ("other", 60)):
+        for number in range(6):
+            pixels = torch.randint(brightness, (16, 16, 3), dtype=torch.uint8)
+            (tmp_path / root / "abc"[number % 3]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.numpy()).save(
+                tmp_path / root / "abc"[number % 3] / f"{number}.png"
+            )
+    evaluation = Evaluation(features="random-conv", metrics=("fid",), reference="dataset")
+    extractor = open_extractor("random-conv")
+
+    def found(*changes: str) -> Reference:
+        words = ["--data.dataset=folder", "--model.num_classes=3", *changes]
+        config = load_config("deco-digits", words)
+        return suite_reference(
+            evaluation, config, extractor, tmp_path, Processes(0, 1, torch.device("cpu"))
+        )
+
+    one, other = (f"--data.root={tmp_path / root}" for root in ("one", "other"))
+    first = found(one)
+    assert found(one).identity == first.identity
+    # A program that dies between statistics and note leaves no note of others.
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(SetStatistics, "save", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            found(other)
+    assert not (tmp_path / "reference.json").exists()
+    second = found(other)
+    assert float(second.statistics.pooled.mean.sum()) != float(first.statistics.pooled.mean.sum())
+    assert found(other, "--data.random_flip=true").statistics.count == 12
+    small = ("--data.height=16", "--data.width=16")
+    assert found(other, *small).statistics.size == (16, 16)
+    digits = [load_config("deco-digits", changes) for changes in ([], small)]
+    assert len({dataset_identity(open_dataset(config), config) for config in digits}) == 2
 
 
 def test_the_table_gives_means_and_spreads(folder: Path) -> None:

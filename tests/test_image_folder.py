@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,11 @@ from image_sets import encoded, noise, shade_of, write
 from PIL import Image
 
 from deco_fast.data import FolderImages, ImageDataset
+from deco_fast.data.captions import FolderCaptions
 from deco_fast.data.transforms import centre_crop, to_pixels, to_rgb
 from deco_fast.errors import UserError
+from deco_fast.evaluation.fingerprint import files_fingerprint
+from deco_fast.evaluation.image_sets import open_images
 
 
 @pytest.fixture
@@ -75,6 +81,41 @@ def test_fingerprint_tells_names_and_labels_apart(folder: Path, tmp_path: Path) 
     (folder / "cat/other.bmp").rename(folder / "cat/only.bmp")
     (folder / "cat").rename(folder / "cow")
     assert len({first, renamed, open_folder(folder).fingerprint}) == 3
+
+
+def test_linked_folders_are_read(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """By training, with captions and in evaluations alike; a link back up ends there."""
+    tree = tmp_path_factory.mktemp("tree")
+    write(tree / "dog/0.png", encoded(70))
+    before = files_fingerprint(tree)
+    (tree / "ant").symlink_to(folder / "ant")
+    (tree / "dog/more").symlink_to(folder / "bee")
+    (tree / "dog/up").symlink_to(tree)
+    names = FolderImages(tree).names
+    expected = ["ant/1.png", "ant/2.JPEG", "ant/sub/0.png"]
+    expected += ["dog/0.png", "dog/more/x.jpg", "dog/more/y.webp"]
+    found = [names[index] for index in range(len(names))]
+    assert found == expected
+    assert len(open_images(tree, crop=16)) == len(expected)
+    (tree / "ant/1.txt").write_text("an ant")
+    assert FolderCaptions(tree).names[0] == "ant/1.png"
+    assert files_fingerprint(tree) != before
+
+
+def test_a_folder_that_cannot_be_read_ends_a_listing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def refuse(path: str) -> Iterator[os.DirEntry[str]]:
+        if os.fspath(path).endswith("sub"):  # which root could read whatever its mode
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for listed in (FolderImages, open_images, files_fingerprint):
+        with pytest.raises(UserError, match=r"ant/sub cannot be read: Permission denied"):
+            listed(folder)
 
 
 # --- damage ---------------------------------------------------------------------------------

@@ -109,14 +109,39 @@ def walk_images(root: Path, subfolder: str = "", beside: str = "") -> Iterator[t
         UserError: a folder cannot be read.
     """
 
-    def refuse(error: OSError) -> None:
-        raise UserError(f"image folder {error.filename} cannot be read: {error.strerror}")
-
-    for folder, subfolders, files in os.walk(root / subfolder, onerror=refuse):
-        subfolders[:] = [name for name in subfolders if name[0] != "."]
+    for folder, files in walk_folders(root / subfolder):
         relative = os.path.relpath(folder, root)
         present = set(files)
         for name in files:
             if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != ".":
                 path = os.path.normpath(os.path.join(relative, name))
                 yield os.fsencode(path), os.path.splitext(name)[0] + beside in present
+
+
+def walk_folders(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every folder below `root`, itself included, with the names of its files, in no order.
+
+    Links to folders are followed, but not back into a folder that they lie in. Folders whose names
+    begin with a dot are left out.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"image folder {error.filename} cannot be read: {error.strerror}")
+
+    above = {os.fspath(root): frozenset(map(_identity, root.absolute().parents))}
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        identity, outer = _identity(folder), above.pop(folder)
+        if identity in outer:
+            subfolders.clear()
+            continue
+        subfolders[:] = [name for name in subfolders if name[0] != "."]
+        above |= {os.path.join(folder, name): outer | {identity} for name in subfolders}
+        yield folder, files
+
+
+def _identity(folder: str | os.PathLike[str]) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from deco_fast.data.folder import IMAGE_SUFFIXES
+from deco_fast.data.folder import IMAGE_SUFFIXES, walk_folders
 from deco_fast.data.transforms import IMAGE_FORMATS, centre_crop, to_rgb
 from deco_fast.errors import UserError
 from deco_fast.sampling.writers import GRID_FILE, SETTINGS_FILE
@@ -197,8 +197,7 @@ def _size(file: Path) -> tuple[int, int]:
 
 
 def _image_files(root: Path) -> Iterator[Path]:
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name[0] != "."]
+    for folder, files in walk_folders(root):
         for name in files:
             if name == GRID_FILE and SETTINGS_FILE in files:
                 continue

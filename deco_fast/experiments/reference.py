@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from deco_fast.checkpoint.atomic import atomic_file
 from deco_fast.config import RunConfig
+from deco_fast.data.shards.locate import find_shards
 from deco_fast.errors import UserError
 from deco_fast.evaluation.extractors import FeatureExtractor
 from deco_fast.evaluation.fingerprint import files_fingerprint
@@ -142,8 +144,11 @@ def suite_reference(
     keep_rows = needs_rows(evaluation.metrics)
     path = Path(evaluation.reference)
     if evaluation.reference == DATASET:
-        images: ImageSet | None = DatasetImages(open_dataset(config), config)
-        identity = str(open_dataset(config).fingerprint)
+        dataset = open_dataset(config)
+        images: ImageSet | None = DatasetImages(dataset, config)
+        identity = processes.from_main(
+            dataset_identity(dataset, config) if processes.is_main else ""
+        )
     else:
         images, identity = _images_in(path), f"{path.resolve()} {files_fingerprint(path)}"
     note = {"identity": identity, "rows": keep_rows, "extractor": extractor.fingerprint}
@@ -171,12 +176,43 @@ def suite_reference(
                 pass
             found = watched.energy(processes)
     if processes.is_main:
+        # A note of others beside new statistics would pass for theirs.
+        (folder / _NOTE_FILE).unlink(missing_ok=True)
         statistics.save(folder / _STATISTICS_FILE, extractor)
         kept = {**note, "energy": None if found is None else found.tolist()}
         with atomic_file(folder / _NOTE_FILE) as temporary:
             temporary.write_text(json.dumps(kept) + "\n", encoding="utf-8")
     processes.barrier()
     return Reference(identity, statistics, found)
+
+
+def dataset_identity(dataset: TrainingImages, config: RunConfig) -> str:
+    """A hash of what decides on the pixels and labels of training images.
+
+    A data set's own fingerprint is of names and labels: a run may resume where the same images
+    lie in another folder, while what was computed of them is kept for the very files.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    data = config.data
+    roots: list[Path] = []
+    if data.dataset == "shards":
+        assert data.root is not None
+        roots = find_shards(data.root)
+    elif data.dataset == "folder":
+        assert isinstance(data.root, str)
+        roots = [Path(data.root)]
+    parts = {
+        "dataset": data.dataset,
+        "fingerprint": dataset.fingerprint,
+        "size": (data.height, data.width),
+        "random_flip": data.random_flip,
+        "crop": data.crop,
+        "skip_small": data.skip_small,
+        "files": [files_fingerprint(root) for root in roots],
+    }
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def image_energy(images: Tensor) -> Tensor:
