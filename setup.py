@@ -98,7 +98,10 @@ def _extension() -> dict[str, object]:
             super().build_extension(ext)
 
     # By path: the package that this file is in may not be importable yet.
-    fingerprint = runpy.run_path("kernels/sources.py")["fingerprint"]
+    sources = runpy.run_path("kernels/sources.py")["fingerprint"](Path("csrc"))
+    if sources is None:
+        _give_up("its sources, the folder csrc, are not here")
+        return {}
     extension = CppExtension(
         "deco_fast._C",
         sources=[
@@ -108,9 +111,9 @@ def _extension() -> dict[str, object]:
             "csrc/packed_linear_op.cpp",
             "csrc/pixel_decoder_op.cpp",
         ],
-        depends=sorted(glob.glob("csrc/*.h")),
+        depends=sorted([*glob.glob("csrc/*.h"), *_KERNELS]),
         include_dirs=[pybind11.get_include()],
-        define_macros=[("DECO_SOURCES", f"{fingerprint(Path('csrc')):#x}ull")],
+        define_macros=[("DECO_SOURCES", f"{sources:#x}ull")],
         extra_compile_args=[*_FLAGS, *_OPENMP],
         extra_link_args=[*_OPENMP, *_SANITIZERS],
     )

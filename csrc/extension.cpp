@@ -21,6 +21,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       "one or one that this CPU lacks.");
   module.def("has_fast_bfloat16", torch::wrap_pybind_function(&deco::has_fast_bfloat16),
              "See instruction_set.h.");
+  module.def("has_matrix_unit", torch::wrap_pybind_function(&deco::has_matrix_unit),
+             "See instruction_set.h.");
   const auto define = [&module](const char* name, auto function, const char* doc) {
     module.def(name, torch::wrap_pybind_function_no_gil(function), doc);
   };

@@ -104,6 +104,9 @@ class DifferentiableLoss : public torch::autograd::Function<DifferentiableLoss> 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  const torch::autograd::variable_list& grads) {
     const at::Tensor& grad_total = grads[0];
+    if (!grad_total.defined()) {
+      return torch::autograd::variable_list(6);
+    }
     at::Tensor gradient = context->get_saved_variables()[0];
     const auto prediction = context->saved_data["prediction"].toScalarType();
     const auto target = context->saved_data["target"].toScalarType();

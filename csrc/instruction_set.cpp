@@ -27,7 +27,7 @@ std::string names_up_to(InstructionSet last) {
 }
 
 // Whether this CPU multiplies bfloat16 matrices and the system lets this process use it.
-bool matrix_unit() {
+bool grants_matrix_unit() {
 #if defined(__x86_64__) && defined(__linux__)
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
@@ -62,7 +62,7 @@ InstructionSet detect_instruction_set() {
   if (!__builtin_cpu_supports("avx512bf16")) {
     return InstructionSet::avx512;
   }
-  return matrix_unit() ? InstructionSet::amx : InstructionSet::avx512_bf16;
+  return grants_matrix_unit() ? InstructionSet::amx : InstructionSet::avx512_bf16;
 #else
   return InstructionSet::baseline;
 #endif
@@ -70,13 +70,14 @@ InstructionSet detect_instruction_set() {
 
 bool has_fast_bfloat16() {
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
-  const InstructionSet detected = detect_instruction_set();
-  return detected == InstructionSet::amx ||
-         (detected == InstructionSet::avx512_bf16 && !__builtin_cpu_is("intel"));
+  return has_matrix_unit() || (detect_instruction_set() == InstructionSet::avx512_bf16 &&
+                               !__builtin_cpu_is("intel"));
 #else
-  return false;
+  return true;
 #endif
 }
+
+bool has_matrix_unit() { return detect_instruction_set() == InstructionSet::amx; }
 
 InstructionSet selected_instruction_set() {
   static const InstructionSet detected = detect_instruction_set();

@@ -17,8 +17,11 @@ InstructionSet detect_instruction_set();
 
 // Whether products of bfloat16 are faster here than those of float32. Without a matrix unit Intel's
 // processors have bfloat16 dot products at half of float32's rate (measured on model 207); AMD's
-// have them at twice that.
+// have them at twice that. Of other makes it is believed.
 bool has_fast_bfloat16();
+
+// Whether three products of bfloat16 are faster here than one of float32.
+bool has_matrix_unit();
 
 // The one that the kernels use: the fastest here, or the one that DECO_ISA names.
 // Throws std::invalid_argument if DECO_ISA names none or one that this CPU lacks.

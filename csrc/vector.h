@@ -99,7 +99,11 @@ DECO_INLINE Vector exp(Vector x) {
   return p * bits_of<Vector>(power);
 }
 
-DECO_INLINE Vector sigmoid(Vector x) { return 1.0f / (1.0f + exp(-x)); }
+DECO_INLINE Vector sigmoid(Vector x) {
+  const Vector result = 1.0f / (1.0f + exp(-x));
+  // Where `exp` is clamped: times x it must not grow again.
+  return x < -88.0f ? broadcast(0.0f) : result;
+}
 
 // 1/√x for normal x > 0: a guess from the exponent and three steps of Newton's method.
 DECO_INLINE Vector reciprocal_sqrt(Vector x) {

@@ -27,6 +27,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from deco_fast.kernels.autocast import without_autocast
 
@@ -40,11 +41,11 @@ _TAGS: Final = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides)
 
 
 def within_transform() -> bool:
-    """Whether this is inside of `torch.func.grad`, `vmap` and the like.
+    """Whether this is inside of `torch.func.grad`, `vmap` and the like, or of forward-mode AD.
 
     `torch.library.register_autograd` has no rules for these, so there the reference computes.
     """
-    return torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @functools.cache
@@ -147,11 +148,13 @@ def _loss_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     ctx.dtypes = prediction.dtype, target.dtype
 
 
-def _loss_backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _loss_backward(ctx: Any, grad_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
     for_prediction, for_target = ctx.needs_input_grad[:2]
     prediction_dtype, target_dtype = ctx.dtypes
     others = (None, None, None, None)
+    if grad_total is None:
+        return None, None, *others
     if not for_target and gradient.dtype == prediction_dtype and _is_last_use(grad_total):
         gradient = gradient.detach()
         if not gradient.is_cpu or INTERPRETED:
@@ -305,8 +308,10 @@ def _decoder_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
     ctx.patch_size, ctx.position = patch_size, position
 
 
-def _decoder_backward(ctx: Any, grad_velocity: Tensor, *_: None) -> tuple[Any, ...]:
+def _decoder_backward(ctx: Any, grad_velocity: Tensor | None, *_: None) -> tuple[Any, ...]:
     x, tokens, y, block_inputs, upsample_weight, upsample_bias, *small = ctx.saved_tensors
+    if grad_velocity is None:
+        return None, None, None, None, [None] * len(small), None, None, None
     need_x_grad = ctx.needs_input_grad[0]
     grad_x, *grads, grad_small = fused_ops.pixel_decoder_backward(
         *(grad_velocity, x, tokens, y, block_inputs, upsample_weight, upsample_bias, small),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deco_fast import DeCo, DeCoConfig, SamplingEngine, ops, sample
 from deco_fast.errors import UserError
+from deco_fast.kernels.packed_linear.cpu import can_pack
 from deco_fast.models import fp8
 from deco_fast.models.card import ModelCard, SamplingSettings
 from deco_fast.models.prepared import WeightLayout
@@ -293,6 +294,8 @@ class TestLayout:
     def test_three_products_are_torch_s_setting(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("deco_fast.models.prepared.can_pack", lambda dtype: True)
         monkeypatch.setattr("deco_fast.models.prepared.has_avx512", lambda: True)
+        unit = True
+        monkeypatch.setattr("deco_fast.models.prepared.can_split", lambda: unit)
         cpu = torch.device("cpu")
         before = torch.get_float32_matmul_precision()
         try:
@@ -301,12 +304,15 @@ class TestLayout:
             torch.set_float32_matmul_precision("high")
             assert WeightLayout.best(cpu, torch.float32, 1152).three_products
             assert not WeightLayout.best(cpu, torch.bfloat16, 1152).three_products
+            unit = False
+            assert WeightLayout.best(cpu, torch.float32, 1152) == WeightLayout(packed=True)
         finally:
             torch.set_float32_matmul_precision(before)
 
     @pytest.mark.parametrize("precision", ["highest", "high"])
     def test_packed_engine_agrees(self, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("deco_fast.models.prepared.has_avx512", lambda: True)
+        monkeypatch.setattr("deco_fast.models.prepared.can_split", lambda: can_pack(torch.bfloat16))
         wide = replace(CONFIG, hidden_size=512, num_heads=8, depth=1)
         if not WeightLayout.best(torch.device("cpu"), torch.float32, 512).packed:
             pytest.skip("oneDNN has no block products for this processor")

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -89,6 +90,7 @@ def _assert_sound(found: Any) -> None:
 def _copy_of_the_sources(folder: Path) -> Path:
     """A copy, because a build writes into the folder that it builds from."""
     parts = ["deco_fast", "kernels", "configs", "csrc", "pyproject.toml", "setup.py", "LICENSE"]
+    parts += ["MANIFEST.in"]
     parts += ["README.md"] if (ROOT / "README.md").exists() else []
     folder.mkdir()
     for name in parts:
@@ -98,6 +100,13 @@ def _copy_of_the_sources(folder: Path) -> Path:
         else:
             shutil.copy2(ROOT / name, folder / name)
     return folder
+
+
+def _without_torch(folder: Path) -> dict[str, str]:
+    """The environment of a Python that cannot import torch."""
+    (folder / "hidden").mkdir()
+    (folder / "hidden" / "torch.py").write_text("raise ImportError('torch is hidden')")
+    return {"PYTHONPATH": str(folder / "hidden"), "DECO_REQUIRE_EXTENSION": "0"}
 
 
 def _environment(folder: Path) -> Path:
@@ -261,6 +270,23 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
+@pytest.mark.parametrize("with_torch", [True, False])
+def test_a_source_distribution_holds_all_that_a_build_needs(
+    tmp_path: Path, with_torch: bool
+) -> None:
+    sources = _copy_of_the_sources(tmp_path / "sources")
+    environment = {} if with_torch else _without_torch(tmp_path)
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    result = _run(command, sources, environment)
+    assert result.returncode == 0, result.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    expected |= {f"kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    expected |= {"configs/deco-digits.yaml", "setup.py", "pyproject.toml", "README.md", "LICENSE"}
+    assert expected <= names
+
+
 @pytest.mark.slow
 @needs_build_tools
 class TestInstalled:
@@ -339,9 +365,7 @@ class TestWithoutExtension:
     def environment(self, missing: str, tmp_path: Path) -> dict[str, str]:
         if missing == "compiler":
             return dict.fromkeys(("CC", "CXX"), shutil.which("false") or "no-such-compiler")
-        (tmp_path / "hidden").mkdir()
-        (tmp_path / "hidden" / "torch.py").write_text("raise ImportError('torch is hidden')")
-        return {"PYTHONPATH": str(tmp_path / "hidden")}
+        return _without_torch(tmp_path)
 
     def test_installs_and_runs_on_the_reference(
         self, environment: dict[str, str], tmp_path: Path

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from deco_fast import ops
 from deco_fast.kernels.capability import has_avx512
-from deco_fast.kernels.packed_linear.cpu import can_pack, interleave, pack, packed_linear
+from deco_fast.kernels.packed_linear.cpu import can_pack, can_split, interleave, pack, packed_linear
 from deco_fast.kernels.registry import is_allowed
 from deco_fast.kernels.swiglu.joined import MULTIPLE, fill, join
 from deco_fast.models.attention import JointAttention, attention
@@ -55,14 +55,14 @@ class WeightLayout:
         """What is fastest here for layers of this width.
 
         Three products stand for one where `torch.set_float32_matmul_precision("high")` allows it,
-        as torch's documentation defines that setting, and the processor multiplies bfloat16.
+        as torch's documentation defines that setting, and the processor has a matrix unit.
         """
         ours = device.type == "cpu" and width >= _PACK_FROM_WIDTH and is_allowed("cpp")
         if not ours or not can_pack(dtype):
             halves = ops.backend_for("qk_norm_rope", device.type) != "triton"
             return cls(packed=False, halves=halves)
         allowed = torch.get_float32_matmul_precision() != "highest"
-        three_products = dtype == torch.float32 and allowed and can_pack(torch.bfloat16)
+        three_products = dtype == torch.float32 and allowed and can_split()
         if dtype == torch.float32 and not three_products and not has_avx512():
             # With AVX2 alone the library's float32 products are faster by a sixth.
             return cls(packed=False)

@@ -34,7 +34,8 @@ def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
         for rows, out in zip(a.split(_WIDENED_ROWS), result.split(_WIDENED_ROWS), strict=True):
             out.copy_(matmul_nt(rows.float(), wide))
         return result
-    if a.dtype == torch.float32 and _prefers_onednn():
+    # oneDNN has no product of no columns, which is the gradient for an empty batch.
+    if a.dtype == torch.float32 and a.shape[1] > 0 and _prefers_onednn():
         return onednn_matmul_nt(a, b)
     return F.linear(a, b)
 

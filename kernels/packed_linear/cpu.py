@@ -41,6 +41,16 @@ def can_pack(dtype: torch.dtype) -> bool:
     return True
 
 
+@functools.cache
+def can_split() -> bool:
+    """Whether three products in bfloat16 are faster here than one in float32."""
+    if not (can_pack(torch.float32) and can_pack(torch.bfloat16)):
+        return False
+    from deco_fast import _C
+
+    return _C.has_matrix_unit()
+
+
 def pack(weight: Tensor, *, three_products: bool = False) -> Tensor:
     """A weight (N, K), K even, as `packed_linear` reads it.
 
@@ -86,6 +96,6 @@ def forward(
     """See `deco_fast.kernels.registration`."""
     from deco_fast import _C
 
-    rows = x.flatten(0, -2).contiguous()
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     result = _C.packed_linear(rows, weight, bias, out_features, swiglu)
     return result.view(*x.shape[:-1], result.shape[-1])

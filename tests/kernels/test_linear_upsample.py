@@ -53,3 +53,17 @@ def test_bfloat16_product(fast: bool, turned: bool, monkeypatch: pytest.MonkeyPa
     assert result.dtype == torch.bfloat16
     exact = a.double() @ b.double().T
     assert (result.double() - exact).norm() <= 4e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("prefers_onednn", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sum_over_nothing(
+    prefers_onednn: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the gradient of a weight for an empty batch is."""
+    if prefers_onednn and not cpu.has_onednn():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(cpu, "_prefers_onednn", lambda: prefers_onednn)
+    monkeypatch.setattr(cpu, "has_fast_bfloat16", lambda: False)
+    result = cpu.matmul_nt(torch.zeros(3, 0, dtype=dtype), torch.zeros(2, 0, dtype=dtype))
+    assert torch.equal(result, torch.zeros(3, 2, dtype=dtype))

@@ -56,6 +56,13 @@ def test_three_products_keep_what_float32_can_hold() -> None:
     assert not result[2, 0].isfinite()
 
 
+def test_one_row_without_a_batch() -> None:
+    x, weight, bias = layer(4, 64, 70, torch.float32)
+    packed = pack(weight)
+    rows = packed_linear(x, packed, bias, 70)
+    torch.testing.assert_close(packed_linear(x[0], packed, bias, 70), rows[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("depth", "width"), [(64, 32), (96, 85), (1152, 3072)])
 def test_swiglu(dtype: torch.dtype, depth: int, width: int) -> None:

@@ -225,6 +225,17 @@ def test_conditions_that_saturate() -> None:
 
 
 @pytest.mark.usefixtures("instruction_set")
+def test_the_most_negative_conditions_are_none() -> None:
+    """silu is 0 there, and no small number times a large one."""
+    case = Case(Shape(16, 1, 2, 1, 6, 6), torch.float32)
+    for scale in (-1e20, -1e38):
+        case.inputs[1] = torch.full_like(case.inputs[1], 0.0)
+        case.inputs[3] = torch.full_like(case.inputs[3], scale)  # the upsampling's bias
+        velocity, expected = case.cpp()[0], case.expected()[0]
+        assert relative_error(velocity, expected) < 1e-5
+
+
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_stays_with_its_token(dtype: torch.dtype) -> None:
     case = Case(Shape(16, 2, 4, 1, 5, 7), dtype)

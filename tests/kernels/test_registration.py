@@ -119,6 +119,18 @@ def lose(x: Tensor, target: Tensor) -> Tensor:
     return ops.flow_matching_loss(x, target, frequency_table(), 0.7)[0]
 
 
+class Ignored(torch.autograd.Function):
+    """Passes no gradient on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
 class Counter:
     """A backend of torch.compile that counts the nodes that call each op, and runs the graph."""
 
@@ -317,6 +329,37 @@ class TestAutograd:
         x, condition = x.detach(), condition.detach()
         result = torch.func.grad(lambda condition: lose(decode(p)(x, condition), x))(condition)
         torch.testing.assert_close(result, expected)
+
+    @pytest.mark.parametrize("op", ["pixel_decoder", "flow_matching_loss"])
+    @pytest.mark.parametrize("trained", [False, True])
+    def test_forward_mode(self, op: str, trained: bool) -> None:
+        """By the reference as well."""
+        p, x, condition = parameters(), image(), tokens()
+        direction = torch.randn_like(x)
+
+        def function(x: Tensor) -> Tensor:
+            return decode(p)(x, condition) if op == "pixel_decoder" else lose(x, target)
+
+        target, step = image().detach(), 1e-3
+        start = x if trained else x.detach()
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(start, direction)
+            tangent = torch.autograd.forward_ad.unpack_dual(function(dual)).tangent
+        assert tangent is not None
+        ends = [function(x.detach() + k * step * direction) for k in (1, -1)]
+        torch.testing.assert_close(tangent, (ends[0] - ends[1]) / (2 * step), rtol=0.05, atol=5e-3)
+
+    @pytest.mark.parametrize("op", ["pixel_decoder", "flow_matching_loss", "loss of a graph"])
+    def test_a_result_that_nothing_depends_on(self, op: str) -> None:
+        x = image()
+        if op == "pixel_decoder":
+            value = decode(parameters())(x, tokens())
+        elif op == "flow_matching_loss":
+            value = lose(x, image().detach())
+        else:
+            value = fused_ops.flow_matching_loss(x, *loss_arguments(x.dtype, True)[1:])[0]
+        Ignored.apply(value).sum().backward()
+        assert x.grad is None
 
     @pytest.mark.parametrize("op", ["pixel_decoder", "flow_matching_loss"])
     def test_second_derivatives_are_a_clear_error(self, op: str) -> None:
