@@ -231,6 +231,13 @@ def bad_arguments(folder: Path) -> dict[str, list[str]]:
     np.savez("unlabelled.npz", grey)
     np.savez("flat.npz", grey.reshape(2, -1), [0, 1])
     (folder / "text.npz").write_text("no npz")
+    (folder / "nothing.npz").touch()
+    np.savez_compressed("broken.npz", np.random.default_rng(0).bytes(9000), [0, 1])
+    broken = bytearray((folder / "broken.npz").read_bytes())
+    broken[2000:4000] = bytes(2000)
+    (folder / "broken.npz").write_bytes(broken)
+    (folder / "pictures").mkdir()
+    (folder / "pictures/pairs.png").write_text("of mine")
     (folder / "taken").mkdir()
     (folder / "taken/report.json").write_text("{}")
     tiny = ["--checkpoint", "tiny.safetensors", "--num", "10"]
@@ -242,6 +249,9 @@ def bad_arguments(folder: Path) -> dict[str, list[str]]:
         "unknown device": [*tiny, "--device", "abacus"],
         "--out tiny.safetensors": [*tiny, "--out", "tiny.safetensors"],
         "holds the report of other images": [*tiny, "--out", "taken"],
+        "pictures holds a pairs.png that is not of a report": [*tiny, "--out", "pictures"],
+        "nothing.npz is no npz file": ["--images", "nothing.npz"],
+        "broken.npz is no npz file": ["--images", "broken.npz"],
         "missing.npz does not exist": ["--images", "missing.npz"],
         "text.npz is no npz file": ["--images", "text.npz"],
         "unlabelled.npz is no npz file": ["--images", "unlabelled.npz"],
@@ -258,4 +268,5 @@ def test_command_refuses_in_one_line(folder: Path, capsys: pytest.CaptureFixture
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ") and expected in error
     assert (folder / "taken/report.json").read_text() == "{}"
+    assert (folder / "pictures/pairs.png").read_text() == "of mine"
     assert not (folder / "evaluations").exists()

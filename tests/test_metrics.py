@@ -7,6 +7,7 @@ import json
 import resource
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -423,15 +424,23 @@ def test_command_compares_and_reuses_statistics(
     again = json.loads(Path("out2/report.json").read_text())["report"]
     assert again == pytest.approx(first, rel=1e-9)
     # What holds no statistics is not replaced, and nothing by itself.
-    before = {name: Path(name).read_bytes() for name in ("reference.npz", "kept.npz")}
+    with np.load("kept.npz") as kept:
+        np.savez("batch.npz", arr_0=images, **kept)
+    np.savez("fid.npz", mu=np.zeros(448), sigma=np.eye(448))
+    names = ("reference.npz", "kept.npz", "batch.npz", "fid.npz")
+    before = {name: Path(name).read_bytes() for name in names}
     capsys.readouterr()
     for reference_file, kept_file, message in (
         ("reference.npz", "reference.npz", "is the reference itself"),
         ("kept.npz", "kept.npz", "is the reference itself"),
         ("kept.npz", "images.npz", "exists and holds no statistics"),
+        ("kept.npz", "batch.npz", "exists and is not by --save-statistics"),
+        ("kept.npz", "fid.npz", "exists and is not by --save-statistics"),
     ):
         assert evaluate("--reference", reference_file, "--save-statistics", kept_file) == 2
         assert f"--save-statistics {kept_file} {message}: choose" in capsys.readouterr().err
+    assert evaluate(*common, "--reference", "kept.npz", "--save-statistics", "images.npz") == 2
+    assert "--save-statistics images.npz is what --images names" in capsys.readouterr().err
     assert all(Path(name).read_bytes() == content for name, content in before.items())
     assert evaluate("--reference", "reference.npz", "--save-statistics", "kept.npz") == 0
     # Without images: only the statistics are made.
@@ -457,6 +466,105 @@ def test_batches_of_the_adm_suite_are_references(tmp_path: Path, inception_file:
     np.testing.assert_allclose(loaded.pooled.covariance, statistics["sigma"])
     assert loaded.spatial is not None and loaded.spatial.size == 2023
     assert loaded.rows is None and loaded.count is None
+
+
+def test_what_cannot_be_compared_is_known_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("good.npz", images_of(460))
+    np.savez("few.npz", images_of(448))
+    np.savez("large.npz", images_of(460, 32))
+    assert evaluate("--images", "good.npz", "--reference", "good.npz", "--out", "taken") == 0
+    seen: list[int] = []
+    extract = RandomConvExtractor.__call__
+
+    def counted(self: RandomConvExtractor, images: Tensor) -> Features:
+        seen.append(len(images))
+        return extract(self, images)
+
+    monkeypatch.setattr(RandomConvExtractor, "__call__", counted)
+    for message, images, reference, *out in (
+        ("taken holds the report of other images", "few.npz", "good.npz", "--out", "taken"),
+        ("the images holds 448", "few.npz", "good.npz"),
+        ("the reference holds 448", "good.npz", "few.npz"),
+        ("the images are 32×32 and the reference 16×16", "large.npz", "good.npz"),
+    ):
+        assert evaluate("--images", images, "--reference", reference, *out) == 2
+        assert message in capsys.readouterr().err
+    assert sum(seen) <= 3 * 2 * 4
+
+
+def test_a_batch_has_the_size_of_its_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is asked for; and images that cannot be read are no statistics alone."""
+    monkeypatch.chdir(tmp_path)
+    np.savez("large.npz", images_of(460, 32))
+    assert evaluate("--reference", "large.npz", "--save-statistics", "kept.npz") == 0
+    with np.load("kept.npz") as file:
+        note = json.loads(str(file["deco_fast"])) | {"size": None}
+        kept = {"deco_fast": np.array(json.dumps(note)), "mu": file["mu"], "sigma": file["sigma"]}
+    np.savez("batch.npz", arr_0=images_of(10), **kept)
+    np.savez("grey.npz", arr_0=images_of(10)[..., 0], **kept)
+    for reference, message in (
+        ("batch.npz", "the images are 32×32 and the reference 16×16"),
+        ("grey.npz", "grey.npz has uint8 (10, 16, 16) under 'arr_0'"),
+    ):
+        for metrics in ((), ("--metrics", "fid")):
+            assert evaluate("--images", "large.npz", "--reference", reference, *metrics) == 2
+            assert message in capsys.readouterr().err
+
+
+def damaged_files() -> dict[str, str]:
+    """Expected words of the error, and the file that calls for it."""
+    note = {"features": "random-conv", "fingerprint": RandomConvExtractor(CPU).fingerprint}
+    sigma = np.random.default_rng(0).standard_normal((448, 448))
+    moments = {"mu": np.zeros(448), "sigma": sigma}
+    np.savez_compressed("broken.npz", deco_fast=np.array(json.dumps(note)), **moments)
+    broken = bytearray(Path("broken.npz").read_bytes())
+    middle = len(broken) // 2
+    broken[middle : middle + 2000] = bytes([255] * 2000)
+    Path("broken.npz").write_bytes(broken)
+    directory = bytearray(Path("good.npz").read_bytes())
+    start = directory.rfind(b"PK\x01\x02")
+    directory[start : start + 4] = b"XXXX"
+    Path("directory.npz").write_bytes(directory)
+    np.savez("list.npz", deco_fast=np.array("[1]"), **moments)
+    sized = np.array(json.dumps(note | {"size": 5}))
+    np.savez("sized.npz", deco_fast=sized, **moments)
+    with zipfile.ZipFile("bare.npz", "w") as archive:
+        archive.writestr("arr_0", b"x")
+    Path("nothing.npz").touch()
+    return {
+        "directory.npz cannot be read as an npz file": "directory.npz",
+        "nothing.npz cannot be read as an npz file": "nothing.npz",
+        "broken.npz holds no readable statistics": "broken.npz",
+        "list.npz holds no readable statistics": "list.npz",
+        "sized.npz holds no readable statistics": "sized.npz",
+        "bare.npz holds no images under 'arr_0'": "bare.npz",
+    }
+
+
+def test_damaged_files_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("good.npz", images_of(460))
+    for expected, file in damaged_files().items():
+        assert evaluate("--images", "good.npz", "--reference", file) == 2, expected
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and expected in error
+    before = Path("directory.npz").read_bytes()
+    assert evaluate("--reference", "good.npz", "--save-statistics", "directory.npz") == 2
+    assert "exists and holds no statistics" in capsys.readouterr().err
+    assert Path("directory.npz").read_bytes() == before
+    np.savez("one.npz", images_of(1))
+    assert evaluate("--reference", "one.npz", "--save-statistics", "kept.npz") == 2
+    assert "statistics of one image have no covariance" in capsys.readouterr().err
+    assert evaluate("--images", "good.npz", "--reference", "one.npz") == 2
+    assert "the reference holds 1" in capsys.readouterr().err
+    assert not Path("kept.npz").exists()
 
 
 def bad_arguments() -> dict[str, list[str]]:
@@ -505,6 +613,8 @@ def bad_arguments() -> dict[str, list[str]]:
         "holds statistics of inception features": ["good.npz", "--reference", "inception.npz"],
         "unknown features 'dino'; did you mean 'dinov2'": ["good.npz", "--features", "dino"],
         "the weights of random-conv are fixed": ["good.npz", "--weights", "some.pth"],
+        "--crop cuts the images of a folder": ["good.npz", "--crop", "8"],
+        "--weights: is empty": ["good.npz", "--weights", ""],
         "--out good.npz: good.npz is a file": ["good.npz", "--out", "good.npz"],
     }
 

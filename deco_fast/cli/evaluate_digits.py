@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from deco_fast.checkpoint.format import WEIGHTS
 from deco_fast.cli.parser import checked, not_empty, number, one_of, to_path, whole_number
 from deco_fast.errors import UserError
 from deco_fast.evaluation.digits import DigitsEvaluator
+from deco_fast.evaluation.npz import READ_ERRORS
 from deco_fast.evaluation.report import REPORT_FILE, report_folder, write_report
 from deco_fast.models.config import class_config
 from deco_fast.models.network import DeCoNetwork
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         check_writable(options.out, "--out")
     chosen = _from_file(options) if options.images else _from_checkpoint(options)
     default = Path("evaluations") / f"digits-{chosen.name}"
-    folder = report_folder(options.out, default, chosen.source)
+    folder = report_folder(options.out, default, chosen.source, (PAIRS_FILE,))
     images, labels = chosen.get()
     try:
         evaluator = DigitsEvaluator(images.shape[1])
@@ -68,8 +68,9 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{chosen.name} holds no digits: {error}") from error
     _, nearest = evaluator.nearest_training_digits(images[:_PAIRS])
 
-    save_grid(torch.cat([images[:_PAIRS], nearest], dim=2), folder / PAIRS_FILE)
+    # First the report, by which the next call knows the picture for its own.
     write_report(folder, chosen.source, report.to_json())
+    save_grid(torch.cat([images[:_PAIRS], nearest], dim=2), folder / PAIRS_FILE)
     print(report)
     print(f"report  {folder / REPORT_FILE}")
     print(f"pairs   {folder / PAIRS_FILE} (left drawn, right the nearest training digit)")
@@ -147,7 +148,7 @@ def _from_file(options: argparse.Namespace) -> _Images:
             images, labels = torch.from_numpy(file["arr_0"]), torch.from_numpy(file["arr_1"])
     except FileNotFoundError:
         raise UserError(f"--images {path} does not exist: check the path") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+    except READ_ERRORS as error:
         raise UserError(
             f"--images {path} is no npz file with images (arr_0) and labels (arr_1): "
             "have sample.py write one (--npz)"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deco_fast import __version__
-from deco_fast.cli.parser import checked, to_path, whole_number
+from deco_fast.cli.parser import checked, not_empty, to_path, whole_number
 from deco_fast.errors import UserError
 from deco_fast.evaluation.extractors import EXTRACTORS, check_extractor, open_extractor
 from deco_fast.evaluation.image_sets import open_images
@@ -18,9 +18,10 @@ from deco_fast.evaluation.metrics import (
     needs_rows,
     open_reference,
     parse_metrics,
+    rehearse,
 )
 from deco_fast.evaluation.report import REPORT_FILE, report_folder, write_report
-from deco_fast.evaluation.statistics import holds_statistics
+from deco_fast.evaluation.statistics import holds_own_statistics, holds_statistics
 from deco_fast.sampling.writers import check_writable
 from deco_fast.training.distributed import Processes, join_processes
 
@@ -41,17 +42,30 @@ def run(options: argparse.Namespace) -> int:
         check_writable(options.out, "--out")
     if options.save_statistics:
         check_writable(options.save_statistics.parent, "--save-statistics")
-        _check_replaceable(options.save_statistics, options.reference)
+        _check_replaceable(options.save_statistics, options.reference, options.images)
+    inputs = [path for path in (options.images, options.reference) if path is not None]
+    if options.crop is not None and all(path.is_file() for path in inputs):
+        listed = " and ".join(map(str, inputs))
+        raise UserError(f"--crop cuts the images of a folder, and {listed} is none: leave it out")
     with join_processes(options.device) as processes:
         return _run(options, processes)
 
 
-def _check_replaceable(path: Path, reference: Path) -> None:
+def _check_replaceable(path: Path, reference: Path, images: Path | None) -> None:
     """Raise UserError where the statistics would take the place of something else."""
-    is_reference = path.exists() and reference.exists() and path.samefile(reference)
-    if is_reference or (path.exists() and not holds_statistics(path)):
-        what = "is the reference itself" if is_reference else "exists and holds no statistics"
-        raise UserError(f"--save-statistics {path} {what}: choose another file")
+    if not path.exists():
+        return
+    if reference.exists() and path.samefile(reference):
+        what = "is the reference itself"
+    elif images is not None and images.exists() and path.samefile(images):
+        what = "is what --images names"
+    elif not holds_statistics(path):
+        what = "exists and holds no statistics"
+    elif not holds_own_statistics(path):
+        what = "exists and is not by --save-statistics"
+    else:
+        return
+    raise UserError(f"--save-statistics {path} {what}: choose another file")
 
 
 def _run(options: argparse.Namespace, processes: Processes) -> int:
@@ -60,35 +74,32 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
     # Opened first, so that what is wrong with it is known before the reference is worked on.
     images = None if options.images is None else open_images(options.images, options.crop)
     extractor = open_extractor(options.features, options.weights, processes.device)
-    reference = open_reference(
-        options.reference,
-        extractor,
-        processes,
-        crop=options.crop,
-        batch_size=options.batch_size,
-        keep_rows=keep_rows,
-    )
+    opened = open_reference(options.reference, extractor, options.crop)
+    folder, source = None, {}
+    if images is not None:
+        source = {
+            "images": str(options.images),
+            "count": len(images),
+            "reference": str(options.reference),
+            "features": extractor.name,
+            "fingerprint": extractor.fingerprint,
+            "crop": options.crop,
+            "metrics": options.metrics,
+            "deco_fast": __version__,
+        }
+        default = Path("evaluations") / f"metrics-{options.images.stem}-{extractor.name}"
+        folder = report_folder(options.out, default, source)
+        rehearse(images, opened, extractor, metrics, processes.device)
+    reference = opened.statistics(extractor, processes, options.batch_size, keep_rows)
     if options.save_statistics is not None and processes.is_main:
         reference.save(options.save_statistics, extractor)
         print(f"statistics of the reference: {options.save_statistics}")
-    if images is None:
+    if images is None or folder is None:
         return 0
     found = evaluate_images(images, extractor, processes, options.batch_size, keep_rows)
     values = compare(found, reference, processes, metrics, progress=processes.is_main)
     if not processes.is_main:
         return 0
-    source = {
-        "images": str(options.images),
-        "count": len(images),
-        "reference": str(options.reference),
-        "features": extractor.name,
-        "fingerprint": extractor.fingerprint,
-        "crop": options.crop,
-        "metrics": options.metrics,
-        "deco_fast": __version__,
-    }
-    default = Path("evaluations") / f"metrics-{options.images.stem}-{extractor.name}"
-    folder = report_folder(options.out, default, source)
     write_report(folder, source, values)
     of = "" if extractor.name == "inception" else f" of {extractor.name}"
     titles = _TITLES if not of else _TITLES | {"fid": "Fréchet distance"}
@@ -135,6 +146,7 @@ def add_parser(kinds: Any) -> None:
     )
     metrics.add_argument(
         "--weights",
+        type=not_empty,
         metavar="FILE",
         help="the extractor's (default: its own download)",
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import zipfile
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from deco_fast.data.folder import IMAGE_SUFFIXES, walk_folders
 from deco_fast.data.transforms import IMAGE_FORMATS, centre_crop, to_rgb
 from deco_fast.errors import UserError
+from deco_fast.evaluation.npz import READ_ERRORS
 from deco_fast.sampling.writers import GRID_FILE, SETTINGS_FILE
 
 KEY = "arr_0"
@@ -81,8 +81,9 @@ class NpzImages:
     def __init__(self, path: Path) -> None:
         self.path = path
         with _reading(path), zipfile.ZipFile(path) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
-            if KEY not in names:
+            names = archive.namelist()
+            if f"{KEY}.npy" not in names:
+                names = [name.removesuffix(".npy") for name in names]
                 raise UserError(
                     f"{path} holds no images under '{KEY}' (it has: {', '.join(names) or 'nothing'}"
                     "): write it by sample.py --npz, or rename the key"
@@ -209,7 +210,7 @@ def _image_files(root: Path) -> Iterator[Path]:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except READ_ERRORS as error:
         if isinstance(error, UserError):
             raise
         raise UserError(

@@ -6,8 +6,10 @@ and recall are asked for, the pooled features: 400 MB for 50,000 of Inception's.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +18,9 @@ from tqdm import tqdm
 from deco_fast.errors import UserError, nearest
 from deco_fast.evaluation.extractors import FeatureExtractor, Features
 from deco_fast.evaluation.frechet import Moments, frechet_distance
-from deco_fast.evaluation.image_sets import ImageSet, open_images
+from deco_fast.evaluation.image_sets import KEY, ImageSet, open_images
 from deco_fast.evaluation.inception_score import InceptionScore
+from deco_fast.evaluation.npz import npz_keys
 from deco_fast.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from deco_fast.evaluation.statistics import SetStatistics, holds_statistics, load_statistics
 from deco_fast.training.distributed import Processes
@@ -148,36 +151,90 @@ def evaluate_images(
     return collector.finish((images.height, images.width))
 
 
-def open_reference(
-    path: Path,
-    extractor: FeatureExtractor,
-    processes: Processes,
-    *,
-    crop: int | None = None,
-    batch_size: int = 64,
-    keep_rows: bool = True,
-) -> SetStatistics:
-    """The statistics of a reference set, from a file that keeps them or from its images.
+class ReferenceSet(NamedTuple):
+    """A reference that is open: at least one of both.
 
     A batch of the ADM suite holds both: its statistics are those of the whole data set, and its
     images serve for precision and recall, as there.
+
+    Attributes:
+        saved: the statistics that a file keeps.
+        images: to compute them from.
+    """
+
+    saved: SetStatistics | None
+    images: ImageSet | None
+
+    def statistics(
+        self,
+        extractor: FeatureExtractor,
+        processes: Processes,
+        batch_size: int = 64,
+        keep_rows: bool = True,
+    ) -> SetStatistics:
+        """Those saved, or of all images; the arguments as for `evaluate_images`.
+
+        Raises:
+            UserError: an image cannot be read, or there are too few.
+        """
+        saved, images = self
+        if images is None or (saved is not None and (saved.rows is not None or not keep_rows)):
+            assert saved is not None
+            return saved
+        computed = evaluate_images(images, extractor, processes, batch_size, keep_rows)
+        return computed if saved is None else dataclasses.replace(saved, rows=computed.rows)
+
+
+def open_reference(
+    path: Path, extractor: FeatureExtractor, crop: int | None = None
+) -> ReferenceSet:
+    """What a reference holds: a file that keeps statistics, or images as for `open_images`.
 
     Raises:
         UserError: it cannot be read, or is of another extractor.
     """
     if not holds_statistics(path):
-        images = open_images(path, crop)
-        return evaluate_images(images, extractor, processes, batch_size, keep_rows)
+        return ReferenceSet(None, open_images(path, crop))
     saved = load_statistics(path, extractor)
-    if saved.rows is not None or not keep_rows:
-        return saved
-    try:
-        images = open_images(path)
-    except UserError:  # statistics alone, without images beside them
-        return saved
-    computed = evaluate_images(images, extractor, processes, batch_size)
-    size = (images.height, images.width)
-    return SetStatistics(saved.count, saved.pooled, saved.spatial, computed.rows, size=size)
+    if KEY not in npz_keys(path):
+        return ReferenceSet(saved, None)
+    images = open_images(path)
+    return ReferenceSet(dataclasses.replace(saved, size=(images.height, images.width)), images)
+
+
+def rehearse(
+    images: ImageSet,
+    reference: ReferenceSet,
+    extractor: FeatureExtractor,
+    metrics: Collection[str] | None,
+    device: torch.device,
+) -> None:
+    """See on a few images whether two sets can be compared, before the work on all of them.
+
+    Args:
+        images, reference: the sets.
+        extractor: on the device.
+        metrics: as for `compare`.
+        device: where the few images go.
+
+    Raises:
+        UserError: they cannot.
+    """
+    found, saved = _few(images, extractor, device), reference.saved
+    if reference.images is not None and (saved is None or saved.rows is None):
+        few = _few(reference.images, extractor, device)
+        saved = few if saved is None else dataclasses.replace(saved, rows=few.rows)
+    assert saved is not None
+    check_comparable(found, saved, metrics)
+
+
+def _few(images: ImageSet, extractor: FeatureExtractor, device: torch.device) -> SetStatistics:
+    """The statistics of the first images, with the number of all."""
+    few = range(min(len(images), NEIGHBOURS + 1))
+    collector = Collector(len(few), few, Processes(0, 1, device))
+    for batch in images.batches(few, len(few)):
+        collector.add(extractor(batch.to(device)))
+    return dataclasses.replace(collector.finish((images.height, images.width)), count=len(images))
 
 
 def compare(
@@ -237,9 +294,9 @@ def check_comparable(
             f"{reference.size[0]}×{reference.size[1]}: draw or cut them alike (--crop)"
         )
     for name in chosen:
-        _check_alike(name, images, reference)
         _check_enough(name, images, "images")
         _check_enough(name, reference, "reference")
+        _check_alike(name, images, reference)
     return chosen
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from deco_fast.checkpoint.atomic import atomic_file
 from deco_fast.errors import UserError
 from deco_fast.evaluation.extractors import FeatureExtractor
 from deco_fast.evaluation.frechet import Moments
+from deco_fast.evaluation.npz import READ_ERRORS, npz_keys
 
 # The ADM suite's names: its evaluator reads these files as well, and this one reads its own.
 _POOLED = ("mu", "sigma")
@@ -49,8 +49,10 @@ class SetStatistics:
         """Write them for the next time.
 
         Raises:
-            UserError: the file cannot be written.
+            UserError: the file cannot be written, or they are of a single image.
         """
+        if self.pooled.count < 2:
+            raise UserError(f"{path}: statistics of one image have no covariance: give more images")
         note = {
             "features": extractor.name,
             "fingerprint": extractor.fingerprint,
@@ -70,10 +72,12 @@ class SetStatistics:
 
 def holds_statistics(path: Path) -> bool:
     """Whether a file has a mean and a covariance in it, ours or others'."""
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return {f"{name}.npy" for name in _POOLED} <= set(archive.namelist())
+    return set(_POOLED) <= npz_keys(path)
+
+
+def holds_own_statistics(path: Path) -> bool:
+    """Whether a file is `SetStatistics.save`'s, with nothing else in it."""
+    return {_NOTE, *_POOLED} <= npz_keys(path) <= {_NOTE, *_POOLED, *_SPATIAL, _ROWS}
 
 
 def load_statistics(path: Path, extractor: FeatureExtractor) -> SetStatistics:
@@ -87,19 +91,21 @@ def load_statistics(path: Path, extractor: FeatureExtractor) -> SetStatistics:
     try:
         with np.load(path, allow_pickle=False) as file:
             note = json.loads(str(file[_NOTE])) if _NOTE in file else {}
+            if not isinstance(note, dict):
+                raise ValueError(f"its note is {note!r}")
             _check(path, note, extractor)
             count = note.get("count")
             pooled = _moments(file, _POOLED, count)
             spatial = _moments(file, _SPATIAL, count) if _SPATIAL[0] in file else None
             rows = torch.from_numpy(file[_ROWS]) if _ROWS in file else None
+            size = None if (sides := note.get("size")) is None else (int(sides[0]), int(sides[1]))
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except READ_ERRORS as error:
         raise UserError(
             f"{path} holds no readable statistics ({error}): make them again by --save-statistics"
         ) from error
-    size = note.get("size")
-    return SetStatistics(count, pooled, spatial, rows, size=None if size is None else tuple(size))
+    return SetStatistics(count, pooled, spatial, rows, size=size)
 
 
 def _moments(file: Any, names: tuple[str, str], count: int | None) -> Moments:

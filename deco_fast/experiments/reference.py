@@ -15,13 +15,12 @@ from torch import Tensor
 from deco_fast.checkpoint.atomic import atomic_file
 from deco_fast.config import RunConfig
 from deco_fast.data.shards.locate import find_shards
-from deco_fast.errors import UserError
 from deco_fast.evaluation.extractors import FeatureExtractor
 from deco_fast.evaluation.fingerprint import files_fingerprint
-from deco_fast.evaluation.image_sets import ImageSet, open_images
-from deco_fast.evaluation.metrics import evaluate_images, needs_rows, open_reference
+from deco_fast.evaluation.image_sets import ImageSet
+from deco_fast.evaluation.metrics import ReferenceSet, needs_rows, open_reference
 from deco_fast.evaluation.spectrum import LabelledBatch, block_energy
-from deco_fast.evaluation.statistics import SetStatistics, holds_statistics, load_statistics
+from deco_fast.evaluation.statistics import SetStatistics, load_statistics
 from deco_fast.experiments.suite import DATASET, Evaluation
 from deco_fast.sampling.images import to_uint8
 from deco_fast.training.batches import TrainingImages, open_dataset
@@ -87,9 +86,13 @@ class WatchedImages:
 
     Args:
         images: the set.
+
+    Attributes:
+        seen: whether any has passed.
     """
 
     def __init__(self, images: ImageSet) -> None:
+        self.seen = False
         self.path, self.height, self.width = images.path, images.height, images.width
         self._images, self._sum = images, torch.zeros(1)
 
@@ -99,6 +102,7 @@ class WatchedImages:
     def batches(self, numbers: range, batch_size: int) -> Iterator[Tensor]:
         """See `ImageSet`."""
         for batch in self._images.batches(numbers, batch_size):
+            self.seen = True
             self._sum = self._sum + len(batch) * image_energy(batch)
             yield batch
 
@@ -142,48 +146,42 @@ def suite_reference(
         UserError: it cannot be read or kept.
     """
     keep_rows = needs_rows(evaluation.metrics)
-    path = Path(evaluation.reference)
     if evaluation.reference == DATASET:
         dataset = open_dataset(config)
-        images: ImageSet | None = DatasetImages(dataset, config)
+        opened = ReferenceSet(None, DatasetImages(dataset, config))
         identity = processes.from_main(
             dataset_identity(dataset, config) if processes.is_main else ""
         )
     else:
-        images, identity = _images_in(path), f"{path.resolve()} {files_fingerprint(path)}"
+        path = Path(evaluation.reference)
+        opened = open_reference(path, extractor)
+        identity = f"{path.resolve()} {files_fingerprint(path)}"
     note = {"identity": identity, "rows": keep_rows, "extractor": extractor.fingerprint}
-    found: Tensor | None
     kept = processes.from_main(_read_note(folder / _NOTE_FILE, note) if processes.is_main else None)
     if kept is not None:
         statistics = load_statistics(folder / _STATISTICS_FILE, extractor)
-        energy = kept["energy"]
-        found = None if energy is None else torch.tensor(energy, dtype=torch.float64)
-        return Reference(identity, statistics, found)
-    if images is not None and not holds_statistics(path):
-        watched = WatchedImages(images)
-        statistics = evaluate_images(
-            watched, extractor, processes, evaluation.batch_size, keep_rows
-        )
-        found = watched.energy(processes)
-    else:
-        statistics = open_reference(
-            path, extractor, processes, batch_size=evaluation.batch_size, keep_rows=keep_rows
-        )
-        found = None
-        if images is not None:
-            watched = WatchedImages(images)
-            for _ in watched.batches(processes.share(len(images)), evaluation.batch_size):
+        listed = kept["energy"]
+        energy = None if listed is None else torch.tensor(listed, dtype=torch.float64)
+        return Reference(identity, statistics, energy)
+    watched = None if opened.images is None else WatchedImages(opened.images)
+    statistics = opened._replace(images=watched).statistics(
+        extractor, processes, evaluation.batch_size, keep_rows
+    )
+    energy = None
+    if watched is not None:
+        if not watched.seen:  # where the statistics were saved beside them
+            for _ in watched.batches(processes.share(len(watched)), evaluation.batch_size):
                 pass
-            found = watched.energy(processes)
+        energy = watched.energy(processes)
     if processes.is_main:
         # A note of others beside new statistics would pass for theirs.
         (folder / _NOTE_FILE).unlink(missing_ok=True)
         statistics.save(folder / _STATISTICS_FILE, extractor)
-        kept = {**note, "energy": None if found is None else found.tolist()}
+        kept = {**note, "energy": None if energy is None else energy.tolist()}
         with atomic_file(folder / _NOTE_FILE) as temporary:
             temporary.write_text(json.dumps(kept) + "\n", encoding="utf-8")
     processes.barrier()
-    return Reference(identity, statistics, found)
+    return Reference(identity, statistics, energy)
 
 
 def dataset_identity(dataset: TrainingImages, config: RunConfig) -> str:
@@ -218,15 +216,6 @@ def dataset_identity(dataset: TrainingImages, config: RunConfig) -> str:
 def image_energy(images: Tensor) -> Tensor:
     """The spectrum of uint8 images (B, 3, H, W), on the scale of [−1, 1]."""
     return block_energy(images.float() / 127.5 - 1)
-
-
-def _images_in(path: Path) -> ImageSet | None:
-    try:
-        return open_images(path)
-    except UserError:
-        if path.is_file():  # statistics alone
-            return None
-        raise
 
 
 def _read_note(path: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
