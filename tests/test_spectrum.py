@@ -25,6 +25,7 @@ from deco_fast.evaluation.spectrum import (
     spectral_error,
     zigzag,
 )
+from deco_fast.evaluation.spectrum_images import SpectrumImages
 from deco_fast.models.card import ModelCard
 from deco_fast.models.config import DeCoConfig
 from deco_fast.models.deco import DeCo
@@ -123,10 +124,20 @@ def test_any_velocity_will_do() -> None:
         return x * t.view(-1, 1, 1, 1)
 
     batch = LabelledBatch(torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))
-    found = measure_spectra(model, "plain", [batch], timesteps=(0.5, 1.0))
+    found = measure_spectra(model, "plain", [batch], timesteps=(0.5, 1.0, 1.0))
     assert {s.signal for s in found} == {TRUE_VELOCITY, VELOCITY}
     ends = [s for s in found if s.signal == VELOCITY and s.timestep == 1]
     torch.testing.assert_close(ends[0].energy, block_energy(batch.images))
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 6, 8])
+def test_images_are_spread_over_all(count: int) -> None:
+    images = [(torch.full((3, 8, 8), float(number)), number) for number in range(8)]
+    spread = SpectrumImages(images, null=8, labelled=True)  # type: ignore[arg-type]
+    labels = torch.cat([batch.labels for batch in spread.batches(count, 4)])
+    gaps = labels.diff(prepend=torch.tensor([0]), append=torch.tensor([8]))[1:]
+    assert len(labels) == count and labels[0] == 0
+    assert int(gaps.max() - gaps.min()) <= 1
 
 
 @pytest.fixture
@@ -198,6 +209,7 @@ def test_command_refuses_in_one_line(folder: Path, capsys: pytest.CaptureFixture
         ],
         "--timesteps: timesteps are 0 … 1, not 2": ["one.safetensors", "--timesteps", "2"],
         "--timesteps: could not convert": ["one.safetensors", "--timesteps", "soon"],
+        "--images: is empty": ["one.safetensors", "--images", ""],
         "--images none is no folder": ["one.safetensors", "--images", "none"],
         "empty holds no images": ["one.safetensors", "--images", "empty"],
     }

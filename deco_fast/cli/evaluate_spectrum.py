@@ -138,6 +138,7 @@ def add_parser(kinds: Any) -> None:
     )
     spectrum.add_argument(
         "--images",
+        type=not_empty,
         default=DIGITS,
         metavar="FOLDER",
         help="class folders, or any images (default: the built-in, held-out %(default)s)",

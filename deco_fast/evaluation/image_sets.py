@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,8 +150,8 @@ class FolderOfImages:
     def __len__(self) -> int:
         return len(self._files)
 
-    def batches(self, numbers: range, batch_size: int) -> Iterator[Tensor]:
-        """See `ImageSet`; here the range may have a step."""
+    def batches(self, numbers: Sequence[int], batch_size: int) -> Iterator[Tensor]:
+        """See `ImageSet`; here they may be any."""
         # Decoding runs outside of Python's lock, and one batch ahead of whoever takes them.
         with ThreadPoolExecutor() as pool:
             pending: deque[list[Future[Tensor]]] = deque()

@@ -141,7 +141,7 @@ def measure_spectra(
             `config.depth`, `config.patch_size`, its tokens are looked at as well.
         name: of the model, in the result.
         batches: images and labels.
-        timesteps: 0 … 1, at which the images are mixed with noise.
+        timesteps: 0 … 1, at which the images are mixed with noise; one given twice counts once.
         seed: of the noise, which is the same for every model and time.
         device: the model's.
 
@@ -153,7 +153,7 @@ def measure_spectra(
     for images, labels in batches:
         noise = torch.stack([noise_for(seed, count + i, im.shape) for i, im in enumerate(images)])
         x, y, noise = images.to(device), labels.to(device), noise.to(device)
-        for timestep in timesteps:
+        for timestep in dict.fromkeys(timesteps):
             t = x.new_full((len(x),), timestep)
             for signal, values in _signals(model, x, noise, t, y):
                 key = (signal, timestep)

@@ -40,7 +40,7 @@ class SpectrumImages:
         Raises:
             UserError: one cannot be read.
         """
-        numbers = range(0, len(self), len(self) // count)[:count]
+        numbers = [place * len(self) // count for place in range(count)]
         if isinstance(self._images, FolderOfImages):
             for images in self._images.batches(numbers, batch_size):
                 yield LabelledBatch(normalise(images), torch.full((len(images),), self._null))
