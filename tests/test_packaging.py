@@ -141,7 +141,8 @@ def _compiler() -> str | None:
 
 
 # The compiler, but an object that it has made before, from the same sources with the same options
-# in another folder, is handed out again.
+# in another folder, is handed out again. It does not optimise, which takes half of a build's time:
+# the extension that the other tests run was built as users build it.
 _COMPILE_ONCE = """#!{python}
 import hashlib, os, shutil, sys
 from pathlib import Path
@@ -158,7 +159,7 @@ for file in (source, *headers):
     key.update(file.name.encode() + file.read_bytes())
 kept = made / key.hexdigest()
 if not kept.exists():
-    status = os.spawnv(os.P_WAIT, compiler, [compiler, *arguments])
+    status = os.spawnv(os.P_WAIT, compiler, [compiler, *arguments, "-O0", "-g0"])
     if status != 0:
         sys.exit(status)
     shutil.copyfile(target, kept)
