@@ -7,9 +7,10 @@ import json
 import shlex
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -307,13 +308,75 @@ class TestDrawing:
 def test_only_a_visitor_with_a_request_can_stop_one() -> None:
     visitors = Visitors()
     visitors.stop("a")
-    visitors.begin("a")
-    visitors.begin("b")
-    assert not visitors.is_stopped("a")
+    a, b = visitors.begin("a"), visitors.begin("b")
+    assert not visitors.is_stopped("a", a)
     visitors.stop("a")
-    assert (visitors.is_stopped("a"), visitors.is_stopped("b")) == (True, False)
-    visitors.end("a")
-    assert not visitors.is_stopped("a")
+    assert (visitors.is_stopped("a", a), visitors.is_stopped("b", b)) == (True, False)
+    assert not visitors.is_replaced("a", a)
+    visitors.end("a", a)
+    assert not visitors.is_stopped("a", visitors.begin("a"))
+
+
+def test_a_request_takes_the_place_of_the_one_before() -> None:
+    visitors = Visitors()
+    first = visitors.begin("a")
+    visitors.stop("a")
+    second = visitors.begin("a")
+    assert (visitors.is_stopped("a", first), visitors.is_stopped("a", second)) == (True, False)
+    assert (visitors.is_replaced("a", first), visitors.is_replaced("a", second)) == (True, False)
+    visitors.end("a", first)
+    assert not visitors.is_stopped("a", second)
+    visitors.stop("a")
+    assert visitors.is_stopped("a", second)
+    # A program begins nothing, so the page has nothing to stop of it.
+    assert not visitors.is_stopped("a", 0)
+
+
+class TestPage:
+    VALUES = ("a cat", "", 2, "7", 16, 16, 6, 2.5, "euler", 2, 1.5)
+
+    @pytest.fixture
+    def functions(self, by_text: ServedModel) -> dict[str, Callable[..., Any]]:
+        """What the buttons call."""
+        page = build_page(by_text)
+        (generate,) = (fn for fn in page.fns.values() if fn.api_name == "generate")
+        assert generate.trigger_mode == "multiple"
+        targets = [event for fn in page.fns.values() for _, event in fn.targets]
+        assert targets.count("unload") == 1
+        return {str(fn.api_name): fn.fn for fn in page.fns.values() if fn.fn is not None}
+
+    @staticmethod
+    def statuses(moments: Iterator[dict[Any, Any]]) -> Iterator[str]:
+        for moment in moments:
+            for output, value in moment.items():
+                if output.elem_id == "status":
+                    yield str(value)
+
+    def test_what_follows_a_stop(self, functions: dict[str, Callable[..., Any]]) -> None:
+        begin, generate, end = (functions[name] for name in ("begin", "generate", "end"))
+        visitor = SimpleNamespace(session_hash="a")
+        (said, first), values = begin(visitor, *self.VALUES), self.VALUES
+        assert said == "waiting for its turn"
+        stopped = self.statuses(generate(visitor, *values, first))
+        assert next(stopped) == "preparing" and "evaluation 0" in next(stopped)
+        end(visitor)
+        _, second = begin(visitor, *values)
+        # Of the one that comes to its end nothing is shown in the place of the next.
+        assert list(stopped) == []
+        following = self.statuses(generate(visitor, *values, second))
+        assert next(following) == "preparing" and "evaluation 0" in next(following)
+        end(visitor)
+        assert list(following) == ["stopped"]
+        _, third = begin(visitor, *values)
+        *_, last = self.statuses(generate(visitor, *values, third))
+        assert last.startswith("drawn: 2 of 16×16")
+
+    def test_a_stop_while_it_waits(self, functions: dict[str, Callable[..., Any]]) -> None:
+        visitor = SimpleNamespace(session_hash="a")
+        _, ticket = functions["begin"](visitor, *self.VALUES)
+        functions["end"](visitor)
+        moments = functions["generate"](visitor, *self.VALUES, ticket)
+        assert list(self.statuses(moments)) == ["stopped"]
 
 
 class TestPictures:

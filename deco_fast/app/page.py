@@ -49,13 +49,18 @@ def build_page(served: ServedModel) -> gr.Blocks:
             with gr.Column(scale=3, min_width=320):
                 outputs = _outputs()
 
-        _connect(served, inputs, outputs, generate, stop)
+            # In the page, though not to be seen: a browser sends back what it has there.
+            ticket = gr.Number(0, precision=0, visible="hidden", elem_id="ticket")
+
+        _connect(page, served, inputs, ticket, outputs, generate, stop)
     return page
 
 
 def _connect(
+    page: gr.Blocks,
     served: ServedModel,
     inputs: dict[str, gr.components.Component],
+    ticket: gr.Number,
     outputs: dict[str, gr.components.Component],
     generate: gr.Button,
     stop: gr.Button,
@@ -68,23 +73,27 @@ def _connect(
         return check_request(fields, served.model.config, served.card.sampling, served.limits)
 
     # gradio hands the session over by the annotation.
-    def begin(session: gr.Request, *values: Any) -> str:
+    def begin(session: gr.Request, *values: Any) -> tuple[str, int]:
         with _messages():
             checked(values)
-        visitors.begin(str(session.session_hash))
-        return "waiting for its turn"
+        return "waiting for its turn", visitors.begin(str(session.session_hash))
 
     def draw(session: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
-        visitor = str(session.session_hash)
+        visitor, number = str(session.session_hash), values[-1] or 0
         try:
             # Once more, as a program can come here without the button.
             with _messages():
+                request = checked(values[:-1])
                 moments = _draw(
-                    served, checked(values), outputs, lambda: visitors.is_stopped(visitor)
+                    served, request, outputs, lambda: visitors.is_stopped(visitor, number)
                 )
-                yield from moments
+                for moment in moments:
+                    # What is shown is the newer request's.
+                    if visitors.is_replaced(visitor, number):
+                        return
+                    yield moment
         finally:
-            visitors.end(visitor)
+            visitors.end(visitor, number)
 
     def end(session: gr.Request) -> None:
         visitors.stop(str(session.session_hash))
@@ -94,20 +103,24 @@ def _connect(
     generate.click(
         begin,
         given,
-        status,
+        [status, ticket],
         show_progress="hidden",
         # Through the queue all the same: messages of what is not are not shown.
         concurrency_limit=None,
         api_visibility="private",
     ).success(
         draw,
-        given,
+        # Last, and 0 unless it is given: no program need know of it.
+        [*given, ticket],
         list(outputs.values()),
         api_name="generate",
         show_progress="minimal",
         show_progress_on=status,
         concurrency_limit=1,
+        # Otherwise the page would drop a request while one that was stopped comes to its end.
+        trigger_mode="multiple",
     )
+    page.unload(end)
     stop.click(end, None, None, queue=False, show_progress="hidden", api_visibility="private")
 
 
@@ -257,6 +270,9 @@ def _draw(
     outputs: dict[str, gr.components.Component],
     is_stopped: Callable[[], bool],
 ) -> Iterator[dict[Any, Any]]:
+    if is_stopped():
+        yield {outputs["status"]: "stopped"}
+        return
     yield {
         outputs["status"]: "preparing",
         outputs["trajectory"]: None,
