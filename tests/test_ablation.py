@@ -26,9 +26,11 @@ from deco_fast.evaluation.frechet import Moments, frechet_distance
 from deco_fast.evaluation.random_conv import RandomConvExtractor
 from deco_fast.evaluation.spectrum import block_energy, spectral_error
 from deco_fast.evaluation.statistics import SetStatistics
+from deco_fast.experiments.folder import SuiteFolder
 from deco_fast.experiments.reference import Reference, dataset_identity, suite_reference
 from deco_fast.experiments.suite import Evaluation, load_suite, plan, suite_names
 from deco_fast.experiments.table import RunResult, markdown
+from deco_fast.experiments.values import KeptValues
 from deco_fast.models.deco import DeCo
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import to_uint8
@@ -148,6 +150,21 @@ BAD_SUITES = {
     "on equal terms, training.steps differs (a: 4; b: 5)": {
         "rows": [{"name": "a"}, {"name": "b", "overrides": {"training.steps": 5}}]
     },
+    "suite small: seed 1 is given twice": {"seeds": [1, 0, 1]},
+    "row '!!' has no letters or digits": {"rows": [{"name": "!!"}]},
+    "name: '../mine' is no name for a folder": {"name": "../mine"},
+    "name: '..' is no name for a folder": {"name": ".."},
+    "evaluation.reference: string should have at least 1": {"evaluation": {"reference": ""}},
+} | {
+    f"on equal terms, {key} differs": {"rows": [{"name": "a"}, {"name": "b", "overrides": change}]}
+    for change in (
+        {"sampling.order": 3},
+        {"sampling.guidance_interval": [0.1, 0.9]},
+        {"sampling.guidance_rescale": 0.5},
+        {"sampling.time_shift": 3.0},
+        {"data.root": "other"},
+    )
+    for key in change
 }
 
 
@@ -172,6 +189,9 @@ def test_wrong_options_are_refused(folder: Path, capsys: pytest.CaptureFixture[s
         "--set loss: write --set section.key=value": ["--suite", name, "--set", "loss"],
         "fid of 448 features needs at least 449 images": ["--suite", name, "--num", "448"],
         "--out suite.yaml: suite.yaml is a file": ["--suite", name, "--out", name],
+        "suite small: seed 0 is given twice": ["--suite", name, "--seeds", "0", "0"],
+        "--reference: is empty": ["--suite", name, "--reference", ""],
+        "--weights: is empty": ["--suite", name, "--weights", ""],
     }.items():
         assert main(["ablate", *arguments, "--device=cpu"]) == 2, message
         error = capsys.readouterr().err.splitlines()[-1]
@@ -187,6 +207,65 @@ def test_dry_run_lists_the_runs(folder: Path, capsys: pytest.CaptureFixture[str]
     assert "without-it-seed1" in lines[3] and "to do" in lines[3]
     assert "4 steps of 8 images" in lines[0]
     assert not (folder / "ablations").exists()
+
+
+def test_nothing_of_others_is_written_over(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a suite's folder is not one, and where its reference lies in it."""
+    name = write_suite()
+    for file in ("results.md", "results.png", "reference.npz", "evaluations/mine.json"):
+        mine = folder / "mine" / file
+        mine.parent.mkdir(parents=True, exist_ok=True)
+        mine.write_text("of mine")
+        assert main(["ablate", "--suite", name, "--device=cpu", "--out=mine"]) == 2
+        first = file.partition("/")[0]
+        assert f"holds a {first} that is not of a suite: choose" in capsys.readouterr().err
+        assert mine.read_text() == "of mine"
+        shutil.rmtree(folder / "mine")
+    for reference in ("reference.npz", "runs/with-seed0/samples", "evaluations", ".", "../.."):
+        path = f"ablations/small/{reference}"
+        assert main(["ablate", "--suite", name, "--device=cpu", "--reference", path]) == 2
+        assert f"--reference {path} lies among what the suite writes" in capsys.readouterr().err
+    # What a suite left is its own, whichever of its marks is there.
+    where = SuiteFolder(folder / "mine")
+    where.claim()
+    (folder / "mine/results.md").write_text("of a suite")
+    where.check("dataset")
+    (folder / "mine/suite.json").unlink()
+    note = {"identity": "", "rows": True, "extractor": "", "energy": None}
+    (folder / "mine/reference.json").write_text(json.dumps(note))
+    where.check("dataset")
+    (folder / "mine/reference.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds a results\.md that is not of a suite"):
+        where.check("dataset")
+
+
+def test_figures_of_another_evaluation_are_kept(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = write_suite()
+    evaluations = SuiteFolder(folder / "ablations/small").evaluations
+    found = {}
+    for number in (452, 600, 700):
+        suite = load_suite(name, evaluation={"num": number})
+        source = {"evaluation": suite.evaluation.model_dump(mode="json"), "reference": "images"}
+        kept = KeptValues(evaluations, "with-seed0", source)
+        assert kept.read() is None
+        kept.write({"fid": float(number)})
+        found[number] = kept
+    assert {kept.read()["fid"] for kept in found.values()} == {452, 600, 700}  # type: ignore[index]
+    assert len(list(evaluations.iterdir())) == 3 and (evaluations / "with-seed0.json").exists()
+    SuiteFolder(folder / "ablations/small").claim()
+    for number, state in (("600", "evaluated"), ("601", "to do")):
+        assert main(["ablate", "--suite", name, "--dry-run", "--num", number]) == 0
+        assert state in capsys.readouterr().out.splitlines()[0]
+    # A file that is cut short is in nobody's way.
+    (evaluations / "with-seed0.json").write_text("{")
+    found[452].write({"fid": 1.0})
+    assert KeptValues(evaluations, "with-seed0", {}).read() is None
+    assert found[452].read() == {"fid": 1.0}
+    assert len(list(evaluations.iterdir())) == 3
 
 
 def test_the_rows_of_a_suite_become_configurations(

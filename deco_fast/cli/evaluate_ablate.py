@@ -8,16 +8,17 @@ from typing import Any
 
 from deco_fast import ops
 from deco_fast.checkpoint.atomic import atomic_file
-from deco_fast.cli.parser import to_path, whole_number
+from deco_fast.cli.parser import not_empty, to_path, whole_number
 from deco_fast.errors import UserError
+from deco_fast.experiments.folder import FIGURE_FILES, MARKDOWN_FILE, SuiteFolder
 from deco_fast.experiments.suite import (
+    Evaluation,
     PlannedRun,
-    SuiteFolder,
     load_suite,
     plan,
     suite_names,
 )
-from deco_fast.experiments.table import FIGURE_FILES, MARKDOWN_FILE
+from deco_fast.experiments.values import is_evaluated
 from deco_fast.sampling.writers import check_writable
 from deco_fast.training.distributed import join_processes
 from deco_fast.training.work import count_work
@@ -33,8 +34,10 @@ def run(options: argparse.Namespace) -> int:
         return _write_configs(runs, options.write_configs)
     folder = options.out or Path("ablations") / suite.name
     check_writable(folder, "--out")
+    where = SuiteFolder(folder)
+    where.check(suite.evaluation.reference)
     if options.dry_run:
-        return _dry_run(runs, SuiteFolder(folder))
+        return _dry_run(runs, suite.evaluation, where)
     # Imported here, so that --help and --dry-run do not wait for it.
     from deco_fast.experiments.runner import run_suite
 
@@ -54,12 +57,12 @@ def run(options: argparse.Namespace) -> int:
         return status
 
 
-def _dry_run(runs: list[PlannedRun], folder: SuiteFolder) -> int:
+def _dry_run(runs: list[PlannedRun], evaluation: Evaluation, folder: SuiteFolder) -> int:
     for planned in runs:
         work = count_work(planned.config)
         training = planned.config.training
         state = "to do"
-        if folder.evaluation(planned.name).exists():
+        if is_evaluated(folder.evaluations, planned.name, evaluation):
             state = "evaluated"
         elif (folder.run(planned) / "finished").exists():
             state = "trained"
@@ -125,8 +128,13 @@ def add_parser(kinds: Any) -> None:
         metavar="SECTION.KEY=VALUE",
         help="a key of the configuration, for all rows; may be repeated",
     )
-    ablate.add_argument("--reference", metavar="PATH", help="images or statistics to compare with")
-    ablate.add_argument("--weights", metavar="FILE", help="the feature extractor's")
+    ablate.add_argument(
+        "--reference",
+        type=not_empty,
+        metavar="PATH",
+        help="images or statistics to compare with",
+    )
+    ablate.add_argument("--weights", type=not_empty, metavar="FILE", help="the feature extractor's")
     ablate.add_argument("--num", type=whole_number(1), help="images drawn of each run")
     ablate.add_argument(
         "--out", type=to_path, metavar="FOLDER", help="the suite's folder (default: ablations/NAME)"

@@ -21,13 +21,11 @@ from deco_fast.evaluation.image_sets import ImageSet
 from deco_fast.evaluation.metrics import ReferenceSet, needs_rows, open_reference
 from deco_fast.evaluation.spectrum import LabelledBatch, block_energy
 from deco_fast.evaluation.statistics import SetStatistics, load_statistics
+from deco_fast.experiments.folder import NOTE_FILE, STATISTICS_FILE, SuiteFolder
 from deco_fast.experiments.suite import DATASET, Evaluation
 from deco_fast.sampling.images import to_uint8
 from deco_fast.training.batches import TrainingImages, open_dataset
 from deco_fast.training.distributed import Processes
-
-_STATISTICS_FILE = "reference.npz"
-_NOTE_FILE = "reference.json"
 
 
 @dataclass(frozen=True)
@@ -143,8 +141,10 @@ def suite_reference(
         processes: those that share the work.
 
     Raises:
-        UserError: it cannot be read or kept.
+        UserError: it cannot be read or kept, or others' files are where it would be.
     """
+    where = SuiteFolder(folder)
+    where.check(evaluation.reference)
     keep_rows = needs_rows(evaluation.metrics)
     if evaluation.reference == DATASET:
         dataset = open_dataset(config)
@@ -157,9 +157,9 @@ def suite_reference(
         opened = open_reference(path, extractor)
         identity = f"{path.resolve()} {files_fingerprint(path)}"
     note = {"identity": identity, "rows": keep_rows, "extractor": extractor.fingerprint}
-    kept = processes.from_main(_read_note(folder / _NOTE_FILE, note) if processes.is_main else None)
+    kept = processes.from_main(_read_note(folder / NOTE_FILE, note) if processes.is_main else None)
     if kept is not None:
-        statistics = load_statistics(folder / _STATISTICS_FILE, extractor)
+        statistics = load_statistics(folder / STATISTICS_FILE, extractor)
         listed = kept["energy"]
         energy = None if listed is None else torch.tensor(listed, dtype=torch.float64)
         return Reference(identity, statistics, energy)
@@ -174,11 +174,12 @@ def suite_reference(
                 pass
         energy = watched.energy(processes)
     if processes.is_main:
+        where.claim()
         # A note of others beside new statistics would pass for theirs.
-        (folder / _NOTE_FILE).unlink(missing_ok=True)
-        statistics.save(folder / _STATISTICS_FILE, extractor)
+        (folder / NOTE_FILE).unlink(missing_ok=True)
+        statistics.save(folder / STATISTICS_FILE, extractor)
         kept = {**note, "energy": None if energy is None else energy.tolist()}
-        with atomic_file(folder / _NOTE_FILE) as temporary:
+        with atomic_file(folder / NOTE_FILE) as temporary:
             temporary.write_text(json.dumps(kept) + "\n", encoding="utf-8")
     processes.barrier()
     return Reference(identity, statistics, energy)
@@ -224,4 +225,4 @@ def _read_note(path: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     fits = isinstance(note, dict) and all(note.get(key) == expected[key] for key in expected)
-    return note if fits and path.with_name(_STATISTICS_FILE).is_file() else None
+    return note if fits and path.with_name(STATISTICS_FILE).is_file() else None

@@ -6,16 +6,13 @@ Under torchrun all processes share every run and every evaluation, one process f
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from deco_fast.checkpoint import load_checkpoint
-from deco_fast.checkpoint.atomic import atomic_file
 from deco_fast.checkpoint.lock import alone_in
 from deco_fast.compiling import explain_compile_errors, keep_compiled_code
 from deco_fast.errors import UserError
@@ -29,6 +26,7 @@ from deco_fast.evaluation.metrics import (
 )
 from deco_fast.evaluation.precision_recall import NEIGHBOURS
 from deco_fast.evaluation.spectrum import DIT_OUTPUT, measure_spectra, spectral_error
+from deco_fast.experiments.folder import SuiteFolder
 from deco_fast.experiments.reference import (
     Reference,
     WatchedImages,
@@ -37,8 +35,9 @@ from deco_fast.experiments.reference import (
     shuffled,
     suite_reference,
 )
-from deco_fast.experiments.suite import DATASET, Evaluation, PlannedRun, Suite, SuiteFolder
+from deco_fast.experiments.suite import DATASET, Evaluation, PlannedRun, Suite
 from deco_fast.experiments.table import RunResult, write_tables
+from deco_fast.experiments.values import KeptValues
 from deco_fast.models.config import class_config
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.run import draw, labels_for, weights_checksum
@@ -165,7 +164,6 @@ def _evaluate(
     processes: Processes,
 ) -> RunResult:
     """Draw and compare, or read what was found before."""
-    path = where.evaluation(run.name)
     checkpoint = RunFolder(where.run(run), run.config).newest_checkpoint()
     if checkpoint is None:
         raise UserError(f"{where.run(run)} has finished and has no complete checkpoint: delete it")
@@ -177,7 +175,8 @@ def _evaluate(
         "extractor": extractor.fingerprint,
         "reference": reference.identity,
     }
-    values = processes.from_main(_read_values(path, source) if processes.is_main else None)
+    kept = KeptValues(where.evaluations, run.name, source)
+    values = processes.from_main(kept.read() if processes.is_main else None)
     if values is None:
         labels = labels_for(evaluation.num, class_config(model.config, checkpoint).num_classes)
         numbers = processes.share(evaluation.num)
@@ -207,7 +206,7 @@ def _evaluate(
             shares = [s.high_share for s in spectra if s.signal == DIT_OUTPUT]
             values["dit_high_share"] = sum(shares) / len(shares)
         if processes.is_main:
-            _write_values(path, source, values)
+            kept.write(values)
     return RunResult(run.row.name, run.seed, sum(p.numel() for p in model.parameters()), values)
 
 
@@ -223,13 +222,13 @@ def _real_images(
 
     So nearer than other images of the same distribution would be: a bound from below.
     """
-    path = where.evaluation("real-images")
     source = {
         "evaluation": evaluation.model_dump(mode="json"),
         "extractor": extractor.fingerprint,
         "reference": reference.identity,
     }
-    values = processes.from_main(_read_values(path, source) if processes.is_main else None)
+    kept = KeptValues(where.evaluations, "real-images", source)
+    values = processes.from_main(kept.read() if processes.is_main else None)
     if values is None:
         images = WatchedImages(shuffled(run.config, evaluation.num, evaluation.seed))
         keep_rows = needs_rows(evaluation.metrics)
@@ -239,26 +238,8 @@ def _real_images(
         if reference.energy is not None:
             values["spectral_error"] = spectral_error(energy, reference.energy)
         if processes.is_main:
-            _write_values(path, source, values)
+            kept.write(values)
     return RunResult(REAL_IMAGES, evaluation.seed, None, values)
-
-
-def _read_values(path: Path, source: Mapping[str, Any]) -> dict[str, float] | None:
-    """What was found before of the same weights in the same way."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(document, dict) or document.get("source") != json.loads(json.dumps(source)):
-        return None
-    values = document.get("values")
-    return values if isinstance(values, dict) else None
-
-
-def _write_values(path: Path, source: Mapping[str, Any], values: Mapping[str, float]) -> None:
-    with atomic_file(path) as temporary:
-        document = {"source": source, "values": values}
-        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _listed(values: Mapping[str, float]) -> str:

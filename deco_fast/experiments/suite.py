@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -13,6 +14,7 @@ from deco_fast.config import RunConfig, load_config
 from deco_fast.errors import UserError, nearest
 from deco_fast.evaluation.extractors import EXTRACTORS
 from deco_fast.evaluation.metrics import METRICS
+from deco_fast.models.card import SamplingSettings
 from deco_fast.resources import config_folder
 
 DATASET = "dataset"
@@ -25,12 +27,13 @@ _EQUAL = (
     "training.ema_decay",
     "training.init_from",
     "data.dataset",
+    "data.root",
     "data.height",
     "data.width",
     "data.random_flip",
-    "sampling.solver",
-    "sampling.steps",
-    "sampling.guidance_scale",
+    "data.crop",
+    "data.skip_small",
+    *(f"sampling.{field.name}" for field in dataclasses.fields(SamplingSettings)),
 )
 
 Overrides = Mapping[str, Any]
@@ -72,11 +75,11 @@ class Evaluation(_Part):
     """
 
     features: str = "inception"
-    weights: str | None = None
+    weights: Annotated[str, Field(min_length=1)] | None = None
     metrics: tuple[str, ...] | None = None
     num: Annotated[int, Field(ge=1)] = 50_000
     seed: Annotated[int, Field(ge=0)] = 0
-    reference: str = DATASET
+    reference: Annotated[str, Field(min_length=1)] = DATASET
     spectrum_images: Annotated[int, Field(ge=0)] = 256
     batch_size: Annotated[int, Field(ge=1)] = 64
 
@@ -117,20 +120,6 @@ class PlannedRun(NamedTuple):
     seed: int
     name: str
     config: RunConfig
-
-
-class SuiteFolder(NamedTuple):
-    """Where a suite lies: runs/, evaluations/, the reference, the tables and the figure."""
-
-    path: Path
-
-    def run(self, run: PlannedRun) -> Path:
-        """The run folder of a training, as train.py makes it."""
-        return self.path / "runs" / run.name
-
-    def evaluation(self, name: str) -> Path:
-        """The figures of a run."""
-        return self.path / "evaluations" / f"{name}.json"
 
 
 def suite_names() -> list[str]:
@@ -236,7 +225,17 @@ def _check(suite: Suite, path: Path) -> None:
     for name in chosen.metrics or ():
         if name not in METRICS:
             raise UserError(f"{path}: evaluation.metrics: unknown '{name}'{nearest(name, METRICS)}")
+    if suite.name in ("", ".", "..") or set("/\\") & set(suite.name):
+        raise UserError(f"{path}: name: '{suite.name}' is no name for a folder: rename the suite")
+    for seed in suite.seeds:
+        if suite.seeds.count(seed) > 1:
+            raise UserError(f"suite {suite.name}: seed {seed} is given twice: give each once")
     slugs = [slug(row.name) for row in suite.rows]
+    for row in suite.rows:
+        if not slug(row.name):
+            raise UserError(
+                f"{path}: row '{row.name}' has no letters or digits for a file name: rename it"
+            )
     for name in slugs:
         if slugs.count(name) > 1:
             raise UserError(f"{path}: two rows are called '{name}' in file names: rename one")

@@ -10,11 +10,8 @@ from typing import NamedTuple
 
 from deco_fast.checkpoint.atomic import atomic_file
 from deco_fast.evaluation.figures import new_figure, save_figure
+from deco_fast.experiments.folder import CSV_FILE, FIGURE_FILES, MARKDOWN_FILE
 from deco_fast.experiments.suite import Suite
-
-CSV_FILE = "results.csv"
-MARKDOWN_FILE = "results.md"
-FIGURE_FILES = ("results.png", "results.svg")
 
 _TITLES = {
     "fid": "FID ↓",
