@@ -542,7 +542,7 @@ def damaged_files() -> dict[str, str]:
         "broken.npz holds no readable statistics": "broken.npz",
         "list.npz holds no readable statistics": "list.npz",
         "sized.npz holds no readable statistics": "sized.npz",
-        "bare.npz holds no images under 'arr_0'": "bare.npz",
+        "bare.npz holds no images under 'arr_0' (it has: arr_0, which is no .npy)": "bare.npz",
     }
 
 
@@ -613,7 +613,7 @@ def bad_arguments() -> dict[str, list[str]]:
         "holds statistics of inception features": ["good.npz", "--reference", "inception.npz"],
         "unknown features 'dino'; did you mean 'dinov2'": ["good.npz", "--features", "dino"],
         "the weights of random-conv are fixed": ["good.npz", "--weights", "some.pth"],
-        "--crop cuts the images of a folder": ["good.npz", "--crop", "8"],
+        "--crop cuts the images of folders, not those of good.npz": ["good.npz", "--crop", "8"],
         "--weights: is empty": ["good.npz", "--weights", ""],
         "--out good.npz: good.npz is a file": ["good.npz", "--out", "good.npz"],
     }

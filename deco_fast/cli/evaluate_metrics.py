@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     inputs = [path for path in (options.images, options.reference) if path is not None]
     if options.crop is not None and all(path.is_file() for path in inputs):
         listed = " and ".join(map(str, inputs))
-        raise UserError(f"--crop cuts the images of a folder, and {listed} is none: leave it out")
+        raise UserError(f"--crop cuts the images of folders, not those of {listed}: leave it out")
     with join_processes(options.device) as processes:
         return _run(options, processes)
 

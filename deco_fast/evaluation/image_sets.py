@@ -83,7 +83,10 @@ class NpzImages:
         with _reading(path), zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if f"{KEY}.npy" not in names:
-                names = [name.removesuffix(".npy") for name in names]
+                names = [
+                    name[: -len(".npy")] if name.endswith(".npy") else f"{name}, which is no .npy"
+                    for name in names
+                ]
                 raise UserError(
                     f"{path} holds no images under '{KEY}' (it has: {', '.join(names) or 'nothing'}"
                     "): write it by sample.py --npz, or rename the key"
