@@ -29,7 +29,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"; choose {', '.join(sorted(options))}"
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """By what torch calls it: its module need not be imported, and on a CPU it has no class."""
     return (
         isinstance(error, MemoryError)
@@ -53,7 +53,7 @@ def report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         reason = str(error).strip().partition("\n")[0]
         error = UserError(f"out of memory ({reason}): choose smaller batches or images")
     if isinstance(error, UserError):
@@ -84,7 +84,7 @@ def run_command(main: Callable[P, int | None]) -> Callable[P, int]:
         except (UserError, KeyboardInterrupt, SystemExit) as error:
             return report(error)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return report(error)
 

@@ -31,12 +31,16 @@ from deco_fast.app.pictures import FRAMES, GridPicture, is_frame, save_animation
 from deco_fast.app.request import DrawRequest, check_request
 from deco_fast.app.served import Origin, ServedModel
 from deco_fast.app.visitors import Visitors
-from deco_fast.checkpoint import save_checkpoint
+from deco_fast.checkpoint import save_checkpoint, save_weights
 from deco_fast.cli import app
 from deco_fast.cli.sample import main as sample
 from deco_fast.conditioning.qwen3 import Qwen3TextEncoder
 from deco_fast.errors import UserError
+from deco_fast.interop.convert import convert
+from deco_fast.models.build import build_network
 from deco_fast.models.card import ModelCard, SamplingSettings
+from deco_fast.models.config import PixelDiTConfig
+from deco_fast.models.presets import PRESETS, Preset
 from deco_fast.sampling.images import to_uint8
 
 CLASS_CONFIG = DeCoConfig(
@@ -294,11 +298,23 @@ class TestDrawing:
         with pytest.raises(UserError, match="image 0 is not finite"):
             draw(by_class, FIELDS, tmp_path)
 
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError(),
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        ],
+        ids=["cuda", "cpu"],
+    )
     def test_no_memory_is_a_message(
-        self, by_class: ServedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        error: Exception,
+        by_class: ServedModel,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         def no_memory(*arguments: object, **options: object) -> None:
-            raise torch.OutOfMemoryError
+            raise error
 
         monkeypatch.setattr(served_module, "SamplingEngine", no_memory)
         with pytest.raises(UserError, match="there is no memory for 16×24: draw fewer or"):
@@ -483,6 +499,38 @@ class TestCommand:
         assert (model.card.height, model.card.sampling.solver, host) == (40, "heun", "localhost")
         assert model.limits == Limits(pixels=9)
         assert model.origin.checkpoint == checkpoint
+
+    def test_a_preset_tells_what_a_published_file_does_not(
+        self, served: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = PixelDiTConfig(
+            hidden_size=32, depth=1, num_heads=2, patch_size=8, num_classes=10, prediction="image"
+        )
+        card = ModelCard("jit", 16, 16, prediction="image")
+        monkeypatch.setitem(PRESETS, "jit-l", Preset(config, card))
+        save_weights("ours.safetensors", build_network(config, card), card)
+        convert("ours.safetensors", "ours.ckpt")
+        published = torch.load("ours.ckpt", weights_only=True)
+        del published["deco_fast"]
+        torch.save(published, "jit.ckpt")
+        options = ["--checkpoint", "jit.ckpt", "--preset", "jit-l", "--device", "cpu"]
+        assert app.main(options) == 0
+        ((model, *_),) = served
+        assert (model.model.config, replace(model.card, step=None)) == (config, card)
+        (tmp_path / "page").mkdir()
+        _, drawn = draw(model, {**FIELDS, "num": 1}, tmp_path / "page")
+        assert sample([*shlex.split(drawn.command)[2:], "--out", "again"]) == 0
+        (image,) = drawn.images
+        np.testing.assert_array_equal(pixels(image), pixels(Path("again") / image.name))
+
+    def test_a_run_is_shown_as_the_checkpoint_that_it_was(
+        self, by_class: ServedModel, served: list[Any]
+    ) -> None:
+        Path("run/checkpoints").mkdir(parents=True)
+        newest = Path(by_class.origin.checkpoint).rename("run/checkpoints/step-00000007")
+        assert app.main(["--checkpoint", "run", "--device", "cpu"]) == 0
+        ((model, *_),) = served
+        assert model.origin.checkpoint == str(newest)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -16,6 +16,8 @@ def sample_command(served: ServedModel, request: DrawRequest) -> list[str]:
     settings, origin = request.settings, served.origin
     low, high = settings.guidance_interval
     words = ["python", "sample.py", f"--checkpoint={origin.checkpoint}"]
+    if origin.preset:
+        words.append(f"--preset={origin.preset}")
     words += [f"--weights={origin.weights}", f"--num={request.num}", f"--seed={request.seed}"]
     if request.job.prompts is None:
         words += ["--classes", *map(str, request.job.labels)]

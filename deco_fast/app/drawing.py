@@ -19,7 +19,7 @@ from deco_fast.app.command import as_typed, sample_command
 from deco_fast.app.pictures import GridPicture, is_frame, save_animation
 from deco_fast.app.request import DrawRequest
 from deco_fast.app.served import ServedModel
-from deco_fast.errors import UserError
+from deco_fast.errors import UserError, is_out_of_memory
 from deco_fast.sampling.images import to_uint8
 from deco_fast.sampling.run import check_finite, draw_states, finite_images
 from deco_fast.sampling.text_encoder import cut_prompts
@@ -85,8 +85,11 @@ def draw_request(
     """
     try:
         yield from served.in_turn(_draw(served, request, folder, is_stopped))
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if served.device.type == "cuda":
+            torch.cuda.empty_cache()
         raise UserError(
             f"there is no memory for {request.height}×{request.width}: draw fewer or smaller images"
         ) from error

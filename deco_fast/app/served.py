@@ -25,16 +25,18 @@ class Origin:
     """The options of `sample.py` that give the page's model.
 
     Attributes:
-        checkpoint: as it was named.
+        checkpoint: the folder or file itself, not the run that it is the newest of; or hf:….
         weights: "ema" or "model".
         dtype: "fp32", "bf16", "fp16" or "fp8".
         matmul_precision: "highest" or "high".
+        preset: a name in `PRESETS`, where one was given.
     """
 
     checkpoint: str
     weights: str = "ema"
     dtype: str = "fp32"
     matmul_precision: str = "highest"
+    preset: str | None = None
 
 
 class ServedModel:

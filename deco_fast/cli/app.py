@@ -13,16 +13,17 @@ from deco_fast import ops
 from deco_fast.app.address import check_address
 from deco_fast.app.limits import Limits
 from deco_fast.app.served import Origin, ServedModel
-from deco_fast.checkpoint import load_checkpoint, read_card, read_config
-from deco_fast.checkpoint.find import locate
+from deco_fast.checkpoint import load_checkpoint
+from deco_fast.checkpoint.find import HUB_SCHEME, locate
 from deco_fast.checkpoint.format import WEIGHTS
-from deco_fast.checkpoint.load import check_architecture
+from deco_fast.checkpoint.load import check_architecture, open_checkpoint
 from deco_fast.cli.parser import CommandParser, checked, not_empty, one_of, whole_number
 from deco_fast.cli.sample_options import DTYPES, MATMUL_PRECISIONS
 from deco_fast.config import load_config
 from deco_fast.errors import UserError, run_command
 from deco_fast.models.attention import activate_flash_attention
 from deco_fast.models.card import ModelCard
+from deco_fast.models.config import NetworkConfig
 from deco_fast.models.fp8 import fp8_problem
 from deco_fast.models.presets import PRESETS, preset
 from deco_fast.sampling.job import check_size
@@ -69,12 +70,13 @@ def _open(options: argparse.Namespace) -> ServedModel:
     if options.dtype == "fp8" and (problem := fp8_problem(device)):
         raise UserError(f"--dtype fp8: {problem}")
     checkpoint = locate(options.checkpoint or shipped_checkpoint())
-    card = _card(checkpoint, options)
-    config = read_config(checkpoint)
+    config, card = _config_and_card(checkpoint, options)
     check_size(config, card.height, card.width)
     torch.set_float32_matmul_precision(options.matmul_precision)
     activate_flash_attention(device)
-    model = load_checkpoint(checkpoint, options.weights, device, DTYPES[options.dtype])
+    model = load_checkpoint(
+        checkpoint, options.weights, device, DTYPES[options.dtype], options.preset
+    )
     encoder = open_text_encoder(model, text_encoder_path(options.text_encoder, card), device)
     shipped = "" if options.checkpoint else " (ships with the package)"
     _say("checkpoint", f"{checkpoint}, {options.weights} weights{shipped}")
@@ -82,10 +84,11 @@ def _open(options: argparse.Namespace) -> ServedModel:
         _say("assumed", assumption)
     _say("computing", f"{options.dtype} on {device}")
     origin = Origin(
-        options.checkpoint or _short(checkpoint),
+        _name(checkpoint, options.checkpoint),
         options.weights,
         options.dtype,
         options.matmul_precision,
+        options.preset,
     )
     limits = Limits(
         images=options.max_images,
@@ -96,20 +99,33 @@ def _open(options: argparse.Namespace) -> ServedModel:
     return ServedModel(model, card, origin, encoder, limits)
 
 
-def _card(checkpoint: Path, options: argparse.Namespace) -> ModelCard:
+def _config_and_card(
+    checkpoint: Path, options: argparse.Namespace
+) -> tuple[NetworkConfig, ModelCard]:
     """Image size and settings: the configuration's or preset's, else the checkpoint's."""
-    config = read_config(checkpoint)
+    opened = open_checkpoint(checkpoint)
+    config = opened.config
     if options.config:
         run = load_config(options.config)
         remedy = "name the --checkpoint that was trained with it"
         check_architecture(checkpoint, config, run.model, f"--config {options.config}", remedy)
-        return run.card()
+        return config, run.card()
     if options.preset:
         named = preset(options.preset)
-        remedy = "name another preset, or leave it out"
-        check_architecture(checkpoint, config, named.config, f"--preset {options.preset}", remedy)
-        return named.card
-    return read_card(checkpoint)
+        # Of a published file the preset knows more of the architecture than the file.
+        if not opened.card.assumed:
+            remedy = "name another preset, or leave it out"
+            what = f"--preset {options.preset}"
+            check_architecture(checkpoint, config, named.config, what, remedy)
+        opened = open_checkpoint(checkpoint, preset=options.preset)
+    return opened.config, opened.card
+
+
+def _name(checkpoint: Path, named: str | None) -> str:
+    """What gives these weights later too, when a run has gone on."""
+    if not named:
+        return _short(checkpoint)
+    return named if named.startswith(HUB_SCHEME) else str(checkpoint)
 
 
 def _short(path: Path) -> str:
