@@ -315,6 +315,25 @@ def test_stopping_and_drawing_something_else(visit: Visitor) -> None:
     visit.wait_for("#status", "drawn: 4 of 32×32")
 
 
+def test_stop_and_at_once_another_request(visit: Visitor) -> None:
+    visit.enter("steps", 1000)
+    visit.enter("num", 16)
+    visit.click("generate")
+    visit.wait_for("#status", "evaluation")
+    visit.click("stop")
+    visit.enter("steps", 999)
+    visit.click("generate")
+    visit.wait_for("#status", "of 999")
+    visit.click("stop")
+    visit.wait_for("#status", "stopped")
+    visit.enter("steps", 5)
+    visit.enter("num", 4)
+    visit.click("generate")
+    visit.click("generate")
+    visit.wait_for("#status", "drawn: 4 of 32×32")
+    assert not visit.browser.find_element(By.CSS_SELECTOR, "#ticket").is_displayed()
+
+
 def test_one_who_leaves_makes_room(
     browser: WebDriver, server: tuple[subprocess.Popen[str], str]
 ) -> None:

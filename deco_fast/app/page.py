@@ -52,12 +52,11 @@ def build_page(served: ServedModel) -> gr.Blocks:
             # In the page, though not to be seen: a browser sends back what it has there.
             ticket = gr.Number(0, precision=0, visible="hidden", elem_id="ticket")
 
-        _connect(page, served, inputs, ticket, outputs, generate, stop)
+        _connect(served, inputs, ticket, outputs, generate, stop)
     return page
 
 
 def _connect(
-    page: gr.Blocks,
     served: ServedModel,
     inputs: dict[str, gr.components.Component],
     ticket: gr.Number,
@@ -120,7 +119,6 @@ def _connect(
         # Otherwise the page would drop a request while one that was stopped comes to its end.
         trigger_mode="multiple",
     )
-    page.unload(end)
     stop.click(end, None, None, queue=False, show_progress="hidden", api_visibility="private")
 
 
