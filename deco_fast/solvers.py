@@ -15,7 +15,7 @@ import torch
 from numpy.polynomial import polynomial
 from torch import Tensor
 
-from deco_fast.errors import nearest
+from deco_fast.errors import UserError, nearest
 from deco_fast.flow import shift_time
 
 Velocity = Callable[[Tensor, float, float], Tensor]
@@ -31,7 +31,8 @@ def time_grid(steps: int, time_shift: float = 1.0, last_step: float | None = Non
     rounded to float32 as published: an edge of the guidance interval may fall on a time.
 
     Raises:
-        ValueError: steps below 1, last_step outside (0, 1], or time_shift not positive.
+        ValueError: steps below 1, last_step outside (0, 1], time_shift not positive, or a time is
+            not above the one before, as with a time_shift far from 1 (a `UserError`).
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
@@ -40,7 +41,13 @@ def time_grid(steps: int, time_shift: float = 1.0, last_step: float | None = Non
         raise ValueError(f"last step must be in (0, 1], not {last_step}")
     grid = torch.linspace(0, 1 - last_step, steps, dtype=torch.float32)
     grid = torch.cat([grid, grid.new_ones(1)])
-    return shift_time(grid, time_shift).tolist()
+    times: list[float] = shift_time(grid, time_shift).tolist()
+    if not all(t < t_next for t, t_next in pairwise(times)):
+        raise UserError(
+            f"{steps} steps with a time shift of {time_shift:g} are too close to each other for "
+            "numbers of 32 bits: choose a time shift nearer to 1, or fewer steps"
+        )
+    return times
 
 
 def euler(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Iterator[Tensor]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
 from deco_fast.models.card import SamplingSettings
+from deco_fast.sampling import schedule as schedule_module
 from deco_fast.sampling.schedule import schedule
-from deco_fast.solvers import SOLVERS, solve, time_grid
+from deco_fast.solvers import SOLVERS, Velocity, solve, time_grid
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -33,6 +38,24 @@ def test_following_it_is_solving(solver: str, order: int, steps: int) -> None:
 def test_no_more_velocities_are_kept_than_are_used(solver: str, order: int, kept: int) -> None:
     settings = SamplingSettings(solver=solver, order=order, steps=9)
     assert {len(evaluation.weights) for evaluation in schedule(settings)} == {kept}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_memory_does_not_hold_every_place(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[weakref.ref[torch.Tensor]] = []
+    held: list[int] = []
+
+    def watched(velocity: Velocity, *arguments: Any) -> Iterator[torch.Tensor]:
+        def watch(x: torch.Tensor, t: float, step_start: float) -> torch.Tensor:
+            seen.append(weakref.ref(x))
+            held.append(sum(place() is not None for place in seen))
+            return velocity(x, t, step_start)
+
+        return solve(watch, *arguments)
+
+    monkeypatch.setattr(schedule_module, "solve", watched)
+    schedule(SamplingSettings(solver=solver, steps=40))
+    assert max(held) <= 4
 
 
 def test_guidance_follows_the_start_of_the_step() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deco_fast import DeCo, DeCoConfig, sample
+from deco_fast.errors import UserError
 from deco_fast.flow import image_to_velocity
 from deco_fast.guidance import guidance_active, guide
 from deco_fast.solvers import adams_coefficients, check_solver, solve, time_grid
@@ -248,6 +249,12 @@ def test_fewer_than_one_step_is_refused(steps: int) -> None:
 def test_an_impossible_last_step_is_refused(last_step: float) -> None:
     with pytest.raises(ValueError, match="last step"):
         time_grid(10, last_step=last_step)
+
+
+@pytest.mark.parametrize(("steps", "time_shift"), [(2, 1e-30), (100, 1e-9), (2, 1e40)])
+def test_times_that_are_equal_are_refused(steps: int, time_shift: float) -> None:
+    with pytest.raises(UserError, match="too close to each other for numbers of 32 bits"):
+        time_grid(steps, time_shift)
 
 
 # --- Adams coefficients ---------------------------------------------------------------------

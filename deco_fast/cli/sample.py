@@ -48,6 +48,7 @@ from deco_fast.sampling.writers import (
     PngFolder,
     check_writable,
 )
+from deco_fast.solvers import time_grid
 from deco_fast.training.distributed import Processes, join_processes, pick_device
 
 GRID_IMAGES = 100
@@ -118,6 +119,7 @@ def _plan(options: argparse.Namespace) -> _Plan:
         )
     recipe = recipe_settings(options.recipe, height, width) if options.recipe else None
     settings = resolve_settings(card.sampling, recipe, _given_settings(options))
+    time_grid(settings.steps, settings.time_shift)
     return _Plan(
         checkpoint=checkpoint,
         reason=reason,

@@ -8,7 +8,6 @@ Times and weights do not depend on x, so a whole run is a list.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,29 +36,41 @@ def schedule(settings: SamplingSettings) -> list[Evaluation]:
     """All evaluations of a run, in order; the weights of all have one length.
 
     Raises:
-        ValueError: solver, order, steps, time shift or guidance interval are out of range.
+        ValueError: solver, order, steps, time shift or guidance interval are out of range, or the
+            times are too close to each other.
     """
     check_solver(settings.solver, settings.order)
     check_interval(settings.guidance_interval)
     times = time_grid(settings.steps, settings.time_shift)
-    # The solver runs on coordinates: x is e₀, the velocity of evaluation i is eᵢ₊₁, so what it
-    # computes from them is their weights.
-    basis = torch.eye(2 * settings.steps + 2, dtype=torch.float64)
+    # The solver runs on coordinates: the velocity of evaluation i is eᵢ, x begins at zero, so what
+    # it computes from them is their weights.
+    size = 2 * settings.steps
     calls: list[tuple[float, float]] = []
-    places: list[Tensor] = []
+    moves: list[list[float]] = []
+    place = torch.zeros(size, dtype=torch.float64)
+
+    def arrive(x: Tensor) -> None:
+        nonlocal place
+        move, place = x - place, x
+        # Those not used are left out: there may be as many as steps, after each of the steps.
+        oldest = int(move.nonzero().min())
+        moves.append(move[oldest : len(calls)].flip(0).tolist())
 
     def velocity(x: Tensor, t: float, step_start: float) -> Tensor:
+        if calls:
+            arrive(x)
         calls.append((t, step_start))
-        places.append(x)
-        return basis[len(calls)]
+        unit = torch.zeros(size, dtype=torch.float64)
+        unit[len(calls) - 1] = 1
+        return unit
 
-    *_, end = solve(velocity, basis[0], times, settings.solver, settings.order)
-    moves = [there - here for here, there in pairwise([*places, end])]
-    newest_first = [move[1 : i + 2].flip(0) for i, move in enumerate(moves)]
-    used = max(int(weights.nonzero().max()) + 1 for weights in newest_first)
+    for x in solve(velocity, place, times, settings.solver, settings.order):
+        end = x
+    arrive(end)
+    used = max(map(len, moves))
     return [
-        Evaluation(t, _guided(settings, step_start), _padded(weights, used))
-        for (t, step_start), weights in zip(calls, newest_first, strict=True)
+        Evaluation(t, _guided(settings, step_start), (*weights, *[0.0] * (used - len(weights))))
+        for (t, step_start), weights in zip(calls, moves, strict=True)
     ]
 
 
@@ -68,8 +79,3 @@ def _guided(settings: SamplingSettings, step_start: float) -> bool:
     return settings.guidance_scale != 1 and guidance_active(
         step_start, settings.guidance_interval, closed_end
     )
-
-
-def _padded(weights: Tensor, length: int) -> tuple[float, ...]:
-    values = weights.tolist()
-    return tuple((values + [0.0] * length)[:length])
