@@ -302,6 +302,7 @@ class TestRefusals:
             ({"class_labels": [1, None]}, "whole numbers"),
             ({"class_labels": [[0, 1], [2]]}, "whole numbers"),
             ({"class_labels": True}, "whole numbers"),
+            ({"class_labels": 1j}, "class_labels must be whole numbers, not torch.complex64"),
             ({"class_labels": 0, "num_inference_steps": 0}, "steps must be a whole number"),
             ({"class_labels": 0, "num_inference_steps": 2.5}, "steps must be a whole number"),
             ({"class_labels": 0, "order": "2"}, "order must be a whole number"),
@@ -337,6 +338,8 @@ class TestRefusals:
             ({}, "give prompt"),
             ({"class_labels": 1}, "class_labels: this model draws from text"),
             ({"prompt": [1]}, "text or a list of texts"),
+            ({"prompt": "\ud800"}, r"prompt is not Unicode: character 1, in '\\ud800', is U\+D800"),
+            ({"prompt": "a", "negative_prompt": "\ud800"}, "negative_prompt is not Unicode"),
             ({"prompt": "a", "negative_prompt": ["a", "b"]}, "one text for all images"),
             ({"prompt": "a", "width": 18}, "^width 18 is not one of 16 … 128, divisible by 4"),
         ],
@@ -465,6 +468,9 @@ class TestRoundTrip:
         texts.save_pretrained(tmp_path / "saved")
         (tmp_path / "saved").rename(tmp_path / "moved")
         moved = DeCoPipeline.from_pretrained(tmp_path / "moved")
+        named = DeCoPipeline.from_pretrained(tmp_path / "moved", text_encoder=tiny_qwen3.folder())
+        assert named.text_encoder is not None
+        assert named.text_encoder.path == str(tiny_qwen3.folder())
         assert moved.text_encoder is not None
         assert Path(moved.text_encoder.path) == tmp_path / "moved" / "text_encoder"
         assert torch.equal(draw(moved), draw(texts))
@@ -587,7 +593,7 @@ class TestLoading:
         self, classes: DeCoPipeline, tmp_path: Path, encoder: Qwen3TextEncoder
     ) -> None:
         classes.save_pretrained(tmp_path / "saved")
-        for given in (encoder, encoder.path):
+        for given in (encoder, encoder.path, Path(encoder.path)):
             with pytest.raises(UserError, match="draws classes"):
                 DeCoPipeline.from_pretrained(tmp_path / "saved", text_encoder=given)
 

@@ -136,6 +136,13 @@ def test_long_prompts_are_counted_and_cut(encoder: Qwen3TextEncoder) -> None:
     assert torch.equal(encoder(["a" * 100_000]), encoder(["a" * LENGTH]))
 
 
+@pytest.mark.parametrize("prompt", ["a \ud800", "\udcff"])
+def test_half_a_surrogate_pair_is_refused(encoder: Qwen3TextEncoder, prompt: str) -> None:
+    for encode in (encoder.count_tokens, lambda text: encoder(["a", text])):
+        with pytest.raises(UserError, match="a prompt is not Unicode: character"):
+            encode(prompt)
+
+
 class TestRefused:
     def refusal(self, path: str | Path) -> str:
         with pytest.raises(UserError) as caught:

@@ -22,7 +22,7 @@ from deco_fast.models.card import ModelCard, SamplingSettings
 from deco_fast.sampling.benchmark_folders import DpgFolder, GenEvalFolder
 from deco_fast.sampling.images import to_uint8
 from deco_fast.sampling.noise import noise_for
-from deco_fast.sampling.prompts import DpgPrompt, GenEvalPrompt
+from deco_fast.sampling.prompts import DpgPrompt, GenEvalPrompt, read_geneval, read_prompts
 from deco_fast.sampling.run import share
 
 CONFIG = tiny_qwen3.MODEL_CONFIG
@@ -99,6 +99,13 @@ class TestPrompts:
         assert pixels(Path("o/000002-prompt2.png")).shape == (32, 20, 3)
         stored = json.loads(Path("o/settings.json").read_text())
         assert stored["prompts"] == ["a cat", "zwei Hunde ü", "a bird"]
+
+    def test_a_line_ends_at_a_line_feed_alone(self, tmp_path: Path) -> None:
+        file = tmp_path / "prompts.txt"
+        file.write_text("a cat\u2028on a\x0cmat\x85\r\n\na\x0b dog", "utf-8")
+        assert read_prompts(file) == ["a cat\u2028on a\x0cmat", "a\x0b dog"]
+        file.write_text('{"prompt": "a cat\u2028on a mat"}\n', "utf-8")
+        assert [prompt.prompt for prompt in read_geneval(file)] == ["a cat\u2028on a mat"]
 
     def test_a_long_prompt_is_cut_and_said_so(
         self, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
@@ -346,6 +353,10 @@ class TestBadInput:
             (("--prompt", "a", "--recipe", "euler-250"), "--recipe: the recipes are those of"),
             (("--prompt", "a", "--text-encoder", "nowhere"), "text encoder nowhere is no folder"),
             (("--prompt", "a", "--prompts-file", "p.txt"), "not allowed with argument --prompt"),
+            (("--prompt", "a", "--prompt", "b \udcff"), "--prompt: prompt 2 is not Unicode: char"),
+            (("--prompt", "a", "--negative-prompt", "\udcff"), "--negative-prompt is not Unicode"),
+            (("--geneval", "half.jsonl"), "--geneval: prompt 1 is not Unicode: character 3, in"),
+            (("--prompt", "a", "--time-shift", "1e-30"), "time shift of 1e-30 are too close"),
             (("--prompts-file", "missing.txt"), "missing.txt does not exist"),
             (("--prompts-file", "latin.txt"), "latin.txt is not UTF-8 (byte 0xfc at 2): save it"),
             (("--prompts-file", "empty.txt"), "empty.txt holds no prompt"),
@@ -373,6 +384,7 @@ class TestBadInput:
             ("good", '{"prompt": "a"}'),
             ("bad", '{"prompt": "a"}\n["a"]'),
             ("number", '{"prompt": 3}'),
+            ("half", '{"prompt": "a \\ud800"}'),
         ):
             Path(f"{name}.jsonl").write_text(lines)
         Path("folder").mkdir()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from deco_fast.app.limits import Limits
 from deco_fast.cli.parser import number, whole_number
+from deco_fast.conditioning.unicode import check_unicode
 from deco_fast.errors import UserError
 from deco_fast.models.card import SamplingSettings
 from deco_fast.models.config import ClassConfig, NetworkConfig
@@ -129,4 +130,5 @@ def _text(value: object, name: str, limits: Limits) -> str:
             f"the {name.replace('_', ' ')} has {len(text):,} characters: "
             f"at most {limits.characters:,}"
         )
+    check_unicode(text, f"the {name.replace('_', ' ')}")
     return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deco_fast.checkpoint.find import HUB_SCHEME
+from deco_fast.conditioning.unicode import check_unicode
 from deco_fast.errors import UserError
 from deco_fast.quiet import quiet_transformers
 from deco_fast.transfer import to_device
@@ -62,14 +64,15 @@ class Qwen3TextEncoder:
 
     def __init__(
         self,
-        path: str = QWEN3_1_7B,
+        path: str | os.PathLike[str] = QWEN3_1_7B,
         *,
         length: int = 128,
         size: int = 2048,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        self.path, self.length, self.size = path, length, size
+        self.path = path = os.fspath(path)
+        self.length, self.size = length, size
         self.device = torch.device(device)
         self._tokenizer, model = _load(path, dtype)
         network: nn.Module = model
@@ -90,11 +93,16 @@ class Qwen3TextEncoder:
 
         Returns:
             (N, length, size), on the device.
+
+        Raises:
+            UserError: one is not valid Unicode.
         """
         missing = [p for p in dict.fromkeys(prompts) if p not in self._cache]
         found = {p: self._cache[p] for p in prompts if p in self._cache}
         for start in range(0, len(missing), _AT_ONCE):
             some = missing[start : start + _AT_ONCE]
+            for prompt in some:
+                check_unicode(prompt, "a prompt")
             found |= zip(some, self._encode(some), strict=True)
         for prompt in found:
             self._cache[prompt] = found[prompt]
@@ -113,7 +121,12 @@ class Qwen3TextEncoder:
         return self
 
     def count_tokens(self, prompt: str) -> int:
-        """The tokens that a prompt would have if it were not cut at `length`."""
+        """The tokens that a prompt would have if it were not cut at `length`.
+
+        Raises:
+            UserError: it is not valid Unicode.
+        """
+        check_unicode(prompt, "a prompt")
         with quiet_transformers():
             return len(self._tokenizer(prompt)["input_ids"])
 

@@ -100,7 +100,7 @@ class DeCoPipeline(DiffusionPipeline):
         *,
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
-        text_encoder: str | Qwen3TextEncoder | None = None,
+        text_encoder: str | os.PathLike[str] | Qwen3TextEncoder | None = None,
         use_safetensors: bool | None = None,
         **download_options: Any,
     ) -> DeCoPipeline:
@@ -139,6 +139,8 @@ class DeCoPipeline(DiffusionPipeline):
         # where they are not aligned: a model that was saved would not draw the same bits again.
         copies = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         network.load_state_dict(copies, assign=True)
+        if isinstance(text_encoder, os.PathLike):
+            text_encoder = os.fspath(text_encoder)
         if isinstance(network, DeCoT2I) and not isinstance(text_encoder, Qwen3TextEncoder):
             said = text_encoder_path(text_encoder, network.card or ModelCard())
             text_encoder = open_text_encoder(network, said, network.device)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deco_fast.conditioning.unicode import check_unicode
 from deco_fast.errors import UserError
 from deco_fast.models.card import SamplingSettings
 from deco_fast.models.config import ClassConfig, NetworkConfig
@@ -149,7 +150,10 @@ def _labels(given: Labels | None, num_classes: int) -> list[int]:
         labels = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:  # what torch raises for text and None
         raise UserError(f"class_labels must be whole numbers, not {given!r}") from error
-    if labels.numel() and (labels.is_floating_point() or labels.dtype == torch.bool):
+    are_whole = (
+        not (labels.is_floating_point() or labels.is_complex()) and labels.dtype != torch.bool
+    )
+    if labels.numel() and not are_whole:
         raise UserError(f"class_labels must be whole numbers, not {labels.dtype}")
     values: list[int] = labels.flatten().tolist()
     for label in values:
@@ -171,6 +175,7 @@ def _texts(name: str, given: Prompts) -> list[str]:
     for text in texts:
         if not isinstance(text, str):
             raise UserError(f"{name} must be text or a list of texts, not {text!r}")
+        check_unicode(text, name)
     return texts
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deco_fast.conditioning.unicode import check_unicode
 from deco_fast.errors import UserError
 from deco_fast.models.config import ClassConfig, DeCoT2IConfig, NetworkConfig
 from deco_fast.sampling.benchmark_folders import DpgFolder, GenEvalFolder
@@ -90,7 +91,8 @@ def make_job(config: NetworkConfig, options: Mapping[str, Any]) -> Job:
             npz; None or empty where not given.
 
     Raises:
-        UserError: a file cannot be read, or an option is not for this kind of model.
+        UserError: a file cannot be read, an option is not for this kind of model, or a prompt is
+            not valid Unicode.
     """
     text_options = [n for n in ("prompt", "prompts_file", "geneval", "dpg") if options[n]]
     if isinstance(config, ClassConfig):
@@ -106,6 +108,15 @@ def make_job(config: NetworkConfig, options: Mapping[str, Any]) -> Job:
         raise UserError("--classes: this checkpoint draws from text; give --prompt")
     if not text_options:
         raise UserError('this checkpoint draws from text: give --prompt "TEXT" or --prompts-file')
+    check_unicode(options["negative_prompt"] or "", "--negative-prompt")
+    job = _text_job(options)
+    option = text_options[0].replace("_", "-")
+    for number, prompt in enumerate(job.prompts or (), start=1):
+        check_unicode(prompt, f"--{option}: prompt {number}")
+    return job
+
+
+def _text_job(options: Mapping[str, Any]) -> Job:
     if options["geneval"] or options["dpg"]:
         return _benchmark(options)
     if options["prompts_file"]:

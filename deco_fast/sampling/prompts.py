@@ -32,7 +32,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         UserError: the file cannot be read, is not UTF-8, or holds no prompt.
     """
-    prompts = [line.strip() for line in _read(path).splitlines() if line.strip()]
+    prompts = [line.strip() for line in _lines(path) if line.strip()]
     if not prompts:
         raise UserError(f"{path} holds no prompt: write one on each line")
     return prompts
@@ -45,7 +45,7 @@ def read_geneval(path: Path) -> list[GenEvalPrompt]:
         UserError: the file cannot be read, or is not GenEval's evaluation_metadata.jsonl.
     """
     prompts = []
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -81,6 +81,11 @@ def read_dpg(folder: Path) -> list[DpgPrompt]:
 def shorten(prompt: str, length: int = 60) -> str:
     """The beginning of a prompt, for people."""
     return prompt if len(prompt) <= length else f"{prompt[: length - 1]}…"
+
+
+def _lines(path: Path) -> list[str]:
+    # str.splitlines ends a line at a form feed, U+2028 and others too, which a prompt may hold.
+    return _read(path).split("\n")
 
 
 def _read(path: Path) -> str:
