@@ -315,6 +315,7 @@ def test_without_a_compiler_a_compiled_run_says_so(tmp_path: Path) -> None:
         (["--config="], "--config: is empty"),
         (["--device=cuda:7"], "not available"),
         (["--device=tpu9"], "unknown device"),
+        (["--device=mps"], "unknown device 'mps': use auto, cpu or cuda"),
         (["--config=deco-digit"], "did you mean 'deco-digits'"),
         (["--dryrun"], "unknown option '--dryrun'; did you mean '--dry-run'"),
         (["--config"], "--config"),

@@ -148,14 +148,17 @@ def pick_device(device: str) -> torch.device:
     """ "auto" is CUDA where there is a GPU, else the CPU; under torchrun the process's own GPU.
 
     Raises:
-        UserError: the device does not exist here.
+        UserError: the device does not exist here, or is of another kind.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    unknown = UserError(f"unknown device '{device}': use auto, cpu or cuda")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise UserError(f"unknown device '{device}': use auto, cpu or cuda") from error
+        raise unknown from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise unknown
     if chosen.type == "cuda":
         index = chosen.index if chosen.index is not None else int(os.environ.get("LOCAL_RANK", 0))
         if index >= torch.cuda.device_count():
