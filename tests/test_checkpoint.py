@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +65,45 @@ def random_model(seed: int, config: DeCoConfig = CONFIG) -> DeCo:
         for parameter in model.parameters():
             parameter.normal_(generator=generator)
     return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"height": 32.0}, r"height must be of type int, not 32\.0"),
+        ({"width": 0}, "width must be at least 1, not 0"),
+        ({"name": 3}, "name must be of type str"),
+        ({"text_encoder": 3}, "text_encoder must be of type str"),
+        ({"step": "7"}, "step must be of type int"),
+        ({"assumed": [3]}, "assumed must be sentences"),
+        ({"sampling": {"solver": "rk4"}}, "unknown solver 'rk4'"),
+        ({"sampling": {"order": 5}}, "order must be 1 … 4, not 5"),
+        ({"sampling": {"steps": 2.5}}, r"steps must be of type int, not 2\.5"),
+        ({"sampling": {"steps": 0}}, "steps must be at least 1, not 0"),
+        ({"sampling": {"steps": True}}, "steps must be of type int, not True"),
+        ({"sampling": {"guidance_interval": [0.9, 0.1]}}, "0 ≤ low ≤ high ≤ 1"),
+        ({"sampling": {"guidance_interval": 1}}, "not a model card"),
+        ({"sampling": {"guidance_scale": "3"}}, "guidance_scale must be of type float"),
+        ({"sampling": {"guidance_scale": math.nan}}, "guidance_scale must be finite"),
+        ({"sampling": {"guidance_scale": 10**400}}, "guidance_scale must be finite"),
+        ({"sampling": {"guidance_interval": [0, 10**400]}}, "not a model card"),
+        ({"sampling": {"guidance_rescale": 2}}, "guidance_rescale must be 0 … 1, not 2"),
+        ({"sampling": {"time_shift": 0}}, "time_shift must be above 0, not 0"),
+        ({"sampling": "euler"}, "dictionary update sequence"),
+        ({"heigth": 8}, "not a model card"),
+    ],
+)
+def test_a_card_of_wrong_values_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        ModelCard.from_json({**CARD.to_json(), **change})
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_card_takes_whole_numbers_for_floats() -> None:
+    settings = {**CARD.to_json()["sampling"], "guidance_scale": 3, "time_shift": 2}
+    card = ModelCard.from_json({**CARD.to_json(), "sampling": settings})
+    assert (card.sampling.guidance_scale, card.sampling.time_shift) == (3.0, 2.0)
+    assert ModelCard.from_json({}) == ModelCard()
 
 
 def assert_same_weights(one: DeCo, other: DeCo) -> None:
@@ -601,6 +642,9 @@ def test_safetensors_with_other_tensors(tmp_path: Path, folder: Path) -> None:
     assert_refused(path, "format version '2'", "install a newer deco_fast")
     save_file(tensors, path, metadata={**metadata, "config": '{"hidden_size": 16}'})
     assert_refused(path, "damaged metadata")
+    card = {**CARD.to_json(), "height": "32"}
+    save_file(tensors, path, metadata={**metadata, "card": json.dumps(card)})
+    assert_refused(path, "damaged metadata (height must be of type int, not '32')")
 
 
 def test_a_damaged_training_state(folder: Path) -> None:

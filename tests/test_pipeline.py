@@ -577,9 +577,20 @@ class TestLoading:
         path.write_text(path.read_text().replace('"steps": 4', '"steps": 5'))
         with pytest.raises(UserError, match=r"config\.json says other things"):
             DeCoPipeline.from_pretrained(tmp_path / "saved")
-        path.write_text("{")
-        with pytest.raises(UserError, match="cannot be read"):
-            DeCoPipeline.from_pretrained(tmp_path / "saved")
+        for damaged in ("{", "[]", "{}", '{"card": {}, "depths": 3}'):
+            path.write_text(damaged)
+            with pytest.raises(UserError, match="cannot be read"):
+                DeCoPipeline.from_pretrained(tmp_path / "saved")
+
+    def test_what_an_older_version_wrote_opens(self, classes: DeCoPipeline, tmp_path: Path) -> None:
+        classes.save_pretrained(tmp_path / "saved")
+        path = tmp_path / "saved" / "config.json"
+        fields = json.loads(path.read_text())
+        # As if these had come later: they have their defaults.
+        del fields["card"]["text_encoder"], fields["card"]["sampling"]["guidance_rescale"]
+        del fields["class_embedding_std"]
+        path.write_text(json.dumps(fields))
+        assert torch.equal(draw(DeCoPipeline.from_pretrained(tmp_path / "saved")), draw(classes))
 
     def test_of_nothing(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="check the name"):

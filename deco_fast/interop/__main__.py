@@ -6,14 +6,15 @@ import argparse
 import sys
 
 from deco_fast.checkpoint.format import WEIGHTS
+from deco_fast.cli.parser import CommandParser
 from deco_fast.errors import run_command
 from deco_fast.interop.convert import convert
 from deco_fast.interop.model_folder import export
 from deco_fast.models.presets import PRESETS
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m deco_fast.interop",
         description="Exchange checkpoints with the original, and publish them.",
     )

@@ -25,7 +25,7 @@ from deco_fast.errors import UserError
 from deco_fast.interop.model_readme import model_readme
 from deco_fast.models.build import empty_network
 from deco_fast.models.card import ModelCard
-from deco_fast.models.config import DeCoT2IConfig, NetworkConfig
+from deco_fast.models.config import DeCoT2IConfig, NetworkConfig, config_from_json
 
 CONFIG_FILE = "config.json"
 PIPELINE_FILE = "model_index.json"
@@ -105,19 +105,20 @@ def check_model_folder(folder: Path, weights: str) -> None:
     """See that config.json, where there is one, says what the weights file does.
 
     Raises:
-        UserError: it does not, or is damaged.
+        UserError: it does not, or is damaged or of a later version.
     """
     path = folder / CONFIG_FILE
     if not path.exists():
         return
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        card = ModelCard.from_json(fields.pop("card"))
+        config = config_from_json(fields)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}): export the model again") from error
     header = read_header(folder / weights_file(weights))
-    # Through JSON, which knows lists and no tuples.
-    expected = json.loads(json.dumps(_config(header.config, header.card)))
-    if said != expected:
+    # Not as text: an older version wrote fewer fields, and the others have their defaults.
+    if (config, card) != (header.config, header.card):
         raise UserError(
             f"{path} says other things than {weights_file(weights)} beside it, which holds what "
             "counts: export the model again instead of editing it"

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any
+
+from deco_fast.guidance import check_interval
+from deco_fast.solvers import check_solver
 
 
 @dataclass(frozen=True)
@@ -56,19 +61,65 @@ class ModelCard:
         """The inverse of `to_json`.
 
         Raises:
-            ValueError: a field is unknown or malformed.
+            ValueError: a field is unknown, of another type or out of range.
         """
         try:
             sampling = dict(fields.get("sampling", {}))
             if "guidance_interval" in sampling:
                 low, high = sampling["guidance_interval"]
                 sampling["guidance_interval"] = (float(low), float(high))
-            return cls(
+            card = cls(
                 **{
                     **fields,
                     "sampling": SamplingSettings(**sampling),
                     "assumed": tuple(fields.get("assumed", ())),
                 }
             )
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ValueError(f"not a model card: {error}") from error
+        _check_card(card)
+        _check_sampling(card.sampling)
+        return card
+
+
+def _check_card(card: ModelCard) -> None:
+    _check_type(card, str, "name", "prediction")
+    _check_type(card, int, "height", "width")
+    _check_range(card, 1, math.inf, "height", "width")
+    if card.text_encoder is not None:
+        _check_type(card, str, "text_encoder")
+    if card.step is not None:
+        _check_type(card, int, "step")
+    if not all(isinstance(sentence, str) for sentence in card.assumed):
+        raise ValueError(f"assumed must be sentences, not {card.assumed}")
+
+
+def _check_sampling(settings: SamplingSettings) -> None:
+    _check_type(settings, str, "solver")
+    _check_type(settings, int, "order", "steps")
+    _check_type(settings, float, "guidance_scale", "guidance_rescale", "time_shift")
+    check_solver(settings.solver, settings.order)
+    check_interval(settings.guidance_interval)
+    _check_range(settings, 1, math.inf, "steps")
+    _check_range(settings, 0, 1, "guidance_rescale")
+    if not settings.time_shift > 0:
+        raise ValueError(f"time_shift must be above 0, not {settings.time_shift}")
+
+
+def _check_type(part: object, kind: type, *names: str) -> None:
+    for name in names:
+        value: Any = getattr(part, name)
+        # JSON has whole numbers for floats too, and Python takes a truth value for one.
+        kinds = (int, float) if kind is float else (kind,)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
+        if kind is float and not abs(value) <= sys.float_info.max:
+            raise ValueError(f"{name} must be finite, not {value}")
+
+
+def _check_range(part: object, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(part, name)
+        if not low <= value <= high:
+            bounds = f"at least {low}" if math.isinf(high) else f"{low} … {high}"
+            raise ValueError(f"{name} must be {bounds}, not {value}")
