@@ -110,8 +110,8 @@ def _check_type(part: object, kind: type, *names: str) -> None:
     for name in names:
         value: Any = getattr(part, name)
         # JSON has whole numbers for floats too, and Python takes a truth value for one.
-        kinds = (int, float) if kind is float else (kind,)
-        if not isinstance(value, kinds) or isinstance(value, bool):
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if not fits or isinstance(value, bool):
             raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
         if kind is float and not abs(value) <= sys.float_info.max:
             raise ValueError(f"{name} must be finite, not {value}")
