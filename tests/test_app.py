@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import numpy as np
 import pytest
 import tiny_qwen3
@@ -352,6 +353,10 @@ def test_a_request_takes_the_place_of_the_one_before() -> None:
 class TestPage:
     VALUES = ("a cat", "", 2, "7", 16, 16, 6, 2.5, "euler", 2, 1.5)
 
+    @pytest.fixture(autouse=True)
+    def _temporary_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+
     @pytest.fixture
     def functions(self, by_text: ServedModel) -> dict[str, Callable[..., Any]]:
         """What the buttons call."""
@@ -387,6 +392,17 @@ class TestPage:
         _, third = begin(visitor, *values)
         *_, last = self.statuses(generate(visitor, *values, third))
         assert last.startswith("drawn: 2 of 16×16")
+
+    def test_what_was_shown_does_not_fill_the_disk(self, by_text: ServedModel) -> None:
+        page = build_page(by_text)
+        assert page.delete_cache is not None and sum(page.delete_cache) < 2 * 3600
+        (preview,) = (b for b in page.blocks.values() if getattr(b, "elem_id", "") == "preview")
+        assert isinstance(preview, gr.Image)
+        moment = GridPicture(1, 512, 512)
+        moment.set([0], torch.randn(1, 3, 512, 512, generator=torch.Generator().manual_seed(0)))
+        shown = preview.postprocess(moment.picture())
+        assert shown is not None and shown.path is not None
+        assert Path(shown.path).stat().st_size < 300_000
 
     def test_a_stop_while_it_waits(self, functions: dict[str, Callable[..., Any]]) -> None:
         visitor = SimpleNamespace(session_hash="a")

@@ -20,8 +20,9 @@ from deco_fast.errors import UserError
 from deco_fast.models.config import ClassConfig
 from deco_fast.solvers import MAX_ORDER, SOLVERS
 
-# Files that the page has shown are deleted after a day; looked for each hour.
-_DELETE_CACHE = (3600, 24 * 3600)
+# Files that the page has shown are deleted after an hour; looked for every five minutes. A request
+# leaves some megabytes, and there may be one every few seconds.
+_DELETE_CACHE = (300, 3600)
 # Interpolated, images of a few pixels would be a blur.
 _PIXELATED = "#images img, #preview img, #trajectory img { image-rendering: pixelated; }"
 _PIXELATED_BELOW = 128
@@ -224,7 +225,8 @@ def _outputs() -> dict[str, gr.components.Component]:
     with gr.Row():
         preview = gr.Image(
             label="As they are denoised",
-            format="png",
+            # Many, mostly of noise, which png does not make smaller.
+            format="jpeg",
             interactive=False,
             buttons=["download", "fullscreen"],
             elem_id="preview",
