@@ -346,8 +346,6 @@ def test_a_request_takes_the_place_of_the_one_before() -> None:
     assert not visitors.is_stopped("a", second)
     visitors.stop("a")
     assert visitors.is_stopped("a", second)
-    # A program begins nothing, so the page has nothing to stop of it.
-    assert not visitors.is_stopped("a", 0)
 
 
 class TestPage:
@@ -361,8 +359,10 @@ class TestPage:
     def functions(self, by_text: ServedModel) -> dict[str, Callable[..., Any]]:
         """What the buttons call."""
         page = build_page(by_text)
-        (generate,) = (fn for fn in page.fns.values() if fn.api_name == "generate")
-        assert generate.trigger_mode == "multiple"
+        (draw,) = (fn for fn in page.fns.values() if fn.api_name == "draw")
+        assert draw.trigger_mode == "multiple"
+        drawing = [fn.concurrency_id for fn in page.fns.values() if fn.types_generator]
+        assert drawing == ["draw", "draw"]
         # A heartbeat would take a connection of each window, and a browser has six for a site.
         assert not page.get_config_file()["connect_heartbeat"]
         return {str(fn.api_name): fn.fn for fn in page.fns.values() if fn.fn is not None}
@@ -375,7 +375,7 @@ class TestPage:
                     yield str(value)
 
     def test_what_follows_a_stop(self, functions: dict[str, Callable[..., Any]]) -> None:
-        begin, generate, end = (functions[name] for name in ("begin", "generate", "end"))
+        begin, generate, end = (functions[name] for name in ("begin", "draw", "end"))
         visitor = SimpleNamespace(session_hash="a")
         (said, first), values = begin(visitor, *self.VALUES), self.VALUES
         assert said == "waiting for its turn"
@@ -408,7 +408,7 @@ class TestPage:
         visitor = SimpleNamespace(session_hash="a")
         _, ticket = functions["begin"](visitor, *self.VALUES)
         functions["end"](visitor)
-        moments = functions["generate"](visitor, *self.VALUES, ticket)
+        moments = functions["draw"](visitor, *self.VALUES, ticket)
         assert list(self.statuses(moments)) == ["stopped"]
 
 
@@ -462,6 +462,9 @@ def test_a_program_can_ask_as_well(
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, share=False)
     try:
         client = Client(address, verbose=False, download_files=str(tmp_path / "downloads"))
+        endpoints = client.view_api(print_info=False, return_format="dict")["named_endpoints"]
+        # No more than what the page asks for, and no ticket.
+        assert {name: len(of["parameters"]) for name, of in endpoints.items()} == {"/generate": 11}
 
         def ask(num: int) -> Any:
             return client.predict(

@@ -79,9 +79,8 @@ def _connect(
         return "waiting for its turn", visitors.begin(str(session.session_hash))
 
     def draw(session: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
-        visitor, number = str(session.session_hash), values[-1] or 0
+        visitor, number = str(session.session_hash), values[-1]
         try:
-            # Once more, as a program can come here without the button.
             with _messages():
                 request = checked(values[:-1])
                 moments = _draw(
@@ -95,10 +94,15 @@ def _connect(
         finally:
             visitors.end(visitor, number)
 
+    def draw_for_program(*values: Any) -> Iterator[dict[Any, Any]]:
+        with _messages():
+            yield from _draw(served, checked(values), outputs, lambda: False)
+
     def end(session: gr.Request) -> None:
         visitors.stop(str(session.session_hash))
 
     given, status = list(inputs.values()), outputs["status"]
+    one_at_a_time: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "draw"}
     # What is wrong is said at once; a place in the queue is for what can be drawn.
     generate.click(
         begin,
@@ -110,15 +114,17 @@ def _connect(
         api_visibility="private",
     ).success(
         draw,
-        # Last, and 0 unless it is given: no program need know of it.
         [*given, ticket],
         list(outputs.values()),
-        api_name="generate",
         show_progress="minimal",
         show_progress_on=status,
-        concurrency_limit=1,
+        **one_at_a_time,
+        api_visibility="private",
         # Otherwise the page would drop a request while one that was stopped comes to its end.
         trigger_mode="multiple",
+    )
+    gr.Button(visible=False).click(
+        draw_for_program, given, list(outputs.values()), api_name="generate", **one_at_a_time
     )
     stop.click(end, None, None, queue=False, show_progress="hidden", api_visibility="private")
 

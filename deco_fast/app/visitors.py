@@ -18,7 +18,7 @@ class Visitors:
         self._numbers = itertools.count(1)
 
     def begin(self, visitor: str) -> int:
-        """A request is made, which may wait for others; its number, from 1 on.
+        """A request is made, which may wait for others; its number.
 
         It takes the place of what the visitor asked for before.
         """
@@ -30,8 +30,8 @@ class Visitors:
         self._wanted.pop(visitor, None)
 
     def is_stopped(self, visitor: str, number: int) -> bool:
-        """Whether a request is no longer wanted; 0 is one of a program, which did not begin it."""
-        return bool(number) and self._wanted.get(visitor) != number
+        """Whether a request is no longer wanted."""
+        return self._wanted.get(visitor) != number
 
     def is_replaced(self, visitor: str, number: int) -> bool:
         """Whether the visitor has asked for something else instead."""
