@@ -9,11 +9,13 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -329,6 +331,20 @@ def test_dinov2_features(tmp_path: Path) -> None:
     assert extractor(images[..., :50, :40]).pooled.shape == (2, 64)
     with pytest.raises(UserError, match=r"--features dinov2 needs DINOv2: .*none.* by --weights"):
         open_extractor("dinov2", str(tmp_path / "none.pth"))
+
+
+def test_no_gpu_would_round_what_it_convolves(monkeypatch: pytest.MonkeyPatch) -> None:
+    convolve, seen = F.conv2d, []
+
+    def watched(*arguments: Any, **options: Any) -> Tensor:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return convolve(*arguments, **options)
+
+    monkeypatch.setattr(F, "conv2d", watched)
+    before = torch.backends.cudnn.allow_tf32
+    RandomConvExtractor(CPU)(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    assert seen and not any(seen)
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def test_random_features_are_always_the_same() -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deco_fast.alignment import load_encoder
-from deco_fast.evaluation.extractors import Features
+from deco_fast.evaluation.extractors import Features, float32_convolutions
 
 # The network that the distance is named for, and the size that it was evaluated at.
 _WEIGHTS = "hf:facebook/dinov2-large/model.safetensors"
@@ -41,6 +41,7 @@ class DINOv2Extractor:
         self.fingerprint: str = encoder.fingerprint
 
     @torch.no_grad()
+    @float32_convolutions()
     def __call__(self, images: Tensor) -> Features:
         """Features of uint8 images (B, 3, H, W)."""
         pixels = F.interpolate(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -41,6 +42,18 @@ class FeatureExtractor(Protocol):
     def __call__(self, images: Tensor) -> Features:
         """Features of uint8 images (B, 3, H, W), on their device."""
         ...
+
+
+@contextmanager
+def float32_convolutions() -> Iterator[None]:
+    """Convolutions in float32 on GPUs as well, where torch rounds their inputs to TF32 otherwise:
+    what a CPU has found compares with what a GPU finds."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _inception(weights: str | None, device: torch.device) -> FeatureExtractor:

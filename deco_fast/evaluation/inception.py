@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deco_fast.errors import UserError
-from deco_fast.evaluation.extractors import Features
+from deco_fast.evaluation.extractors import Features, float32_convolutions
 from deco_fast.evaluation.fingerprint import fingerprint_of
 
 # sFID takes the first channels of the 1×1 branch of the 17×17 block "mixed_6".
@@ -69,6 +69,7 @@ class InceptionExtractor:
         return fingerprint_of(self._network.state_dict())
 
     @torch.no_grad()
+    @float32_convolutions()
     def __call__(self, images: Tensor) -> Features:
         """Features of uint8 images (B, 3, H, W)."""
         pooled, logits = self._network(images)

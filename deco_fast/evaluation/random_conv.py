@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deco_fast.evaluation.extractors import Features
+from deco_fast.evaluation.extractors import Features, float32_convolutions
 from deco_fast.evaluation.fingerprint import fingerprint_of
 
 _SEED = 20150225
@@ -49,6 +49,7 @@ class RandomConvExtractor:
         return fingerprint_of({str(i): weight for i, weight in enumerate(self._weights)})
 
     @torch.no_grad()
+    @float32_convolutions()
     def __call__(self, images: Tensor) -> Features:
         """Features of uint8 images (B, 3, H, W) of at least 8×8 pixels."""
         x = images.float() / 127.5 - 1
