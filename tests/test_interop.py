@@ -812,6 +812,7 @@ def test_the_bar_follows_the_bytes_on_the_disk(
         (["f.ckpt", "f.ckpt/out"], "cannot write"),
         (["f.ckpt", "out", "--weights", "raw"], "invalid choice"),
         (["f.ckpt"], "required: OUT"),
+        (["f.ckpt", "out", "--presett", "deco-l"], "'--presett'; did you mean '--preset'?"),
     ],
 )
 def test_bad_arguments(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,19 +30,21 @@ class CommandParser(argparse.ArgumentParser):
         """
         options, rest = self.parse_known_args(args)
         if rest:
-            self.error(f"unknown option '{rest[0]}'{nearest(rest[0], self._options())}")
+            self.error(f"unknown option '{rest[0]}'{nearest(rest[0], self._options(options))}")
         return options
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
-    def _options(self) -> list[str]:
-        return [
-            option
-            for action in self._actions
-            for option in action.option_strings
-            if option.startswith("--")
-        ]
+    def _options(self, given: argparse.Namespace) -> list[str]:
+        """Its own, and those of the command that was given."""
+        names: list[str] = []
+        for action in self._actions:
+            names += [option for option in action.option_strings if option.startswith("--")]
+            if isinstance(action.choices, Mapping):
+                command = action.choices.get(getattr(given, action.dest, None))
+                names += command._options(given) if isinstance(command, CommandParser) else []
+        return names
 
 
 def to_path(text: str) -> Path:
