@@ -267,6 +267,15 @@ def test_a_time_limit_leaves_time_for_the_checkpoint() -> None:
 # Signals, and the end of one process among several
 
 
+@pytest.fixture
+def _heeds_ctrl_c() -> Iterator[None]:
+    """As a command in the foreground does; one that a shell put into the background does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heeds_ctrl_c")
 def test_a_second_sigterm_does_not_end_a_run_that_is_saving() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with catch_interrupt() as interrupt:
@@ -278,6 +287,7 @@ def test_a_second_sigterm_does_not_end_a_run_that_is_saving() -> None:
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+@pytest.mark.usefixtures("_heeds_ctrl_c")
 def test_a_second_ctrl_c_is_not_held_back() -> None:
     with pytest.raises(KeyboardInterrupt), catch_interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGINT)
