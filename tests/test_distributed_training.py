@@ -24,6 +24,7 @@ from processes import TINY, assert_identical, forget_after, in_processes, saved
 from deco_fast.checkpoint import load_checkpoint, newest_checkpoint
 from deco_fast.cli.train import main
 from deco_fast.config import load_config
+from deco_fast.errors import UserError
 from deco_fast.training.batches import Batches, open_dataset
 from deco_fast.training.distributed import Processes, join_processes
 from deco_fast.training.step import TrainingStep
@@ -73,6 +74,24 @@ def test_two_processes_follow_the_loss_curve_of_one(tmp_path: Path) -> None:
     assert ((ddp[:STEPS_BEFORE_ROUNDING_GROWS] - one_pass) / one_pass).abs().max() <= 1e-5
     # They did learn meanwhile.
     assert ddp[-1] < 0.85 * ddp[0]
+
+
+def leave_one_after_the_other(folder: Path) -> None:
+    try:
+        with join_processes("cpu") as processes:
+            processes.barrier()
+            if processes.rank == 1:
+                raise UserError("a file is damaged")
+            processes.barrier()
+    except UserError as error:
+        (folder / os.environ["RANK"]).write_text(str(error))
+
+
+@pytest.mark.slow
+def test_a_process_whose_neighbour_failed_ends_in_one_line(tmp_path: Path) -> None:
+    in_processes(2, leave_one_after_the_other, tmp_path)
+    assert (tmp_path / "1").read_text() == "a file is damaged"
+    assert (tmp_path / "0").read_text().startswith("another process has ended")
 
 
 def train(folder: Path, *options: str) -> None:

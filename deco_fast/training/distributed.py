@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ T = TypeVar("T")
 
 _STORE_KEY = "deco_fast/store"
 _CONNECT_TIMEOUT = timedelta(seconds=5)
+
+_PEER_HAS_LEFT = re.compile(r"Connection (closed|reset) by peer|[Gg]loo.*Broken pipe")
+"""In gloo's errors, which have no type of their own."""
 
 _BUCKET_BYTES = 128 * 2**20
 """Of tensors that travel together: enough for the wires' full speed, and few enough that one bucket
@@ -177,6 +181,9 @@ def join_processes(device: str) -> Iterator[Processes]:
     After an error among several GPUs the process ends here and at once, by `report`: to leave
     NCCL's group is to wait for the other processes, and they may be waiting for this one. torchrun
     ends them when it sees that this one has gone.
+
+    Raises:
+        UserError: on CPUs, another process has left in the meantime.
     """
     chosen = pick_device(device)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -200,6 +207,8 @@ def join_processes(device: str) -> Iterator[Processes]:
             sys.stderr.flush()
             os._exit(status)
         dist.destroy_process_group()
+        if isinstance(error, RuntimeError) and _PEER_HAS_LEFT.search(str(error)):
+            raise UserError("another process has ended: its own message says why") from error
         raise
     dist.destroy_process_group()
 
