@@ -166,7 +166,8 @@ class TrainingConfig(_Section):
         True,
         description="on GPUs record forward and backward of a step once and replay them, so that "
         "it does not wait for the host; ddp then averages gradients after the backward pass: "
-        "between GPUs with a slow network false may be faster",
+        "between GPUs with a slow network false may be faster; not with recompute_activations, nor "
+        "with fsdp on several GPUs",
     )
     recompute_activations: bool = Field(
         False, description="compute the DiT blocks again in the backward pass: less memory, slower"

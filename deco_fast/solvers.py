@@ -39,14 +39,17 @@ def time_grid(steps: int, time_shift: float = 1.0, last_step: float | None = Non
     last_step = 1 / steps if last_step is None else last_step
     if not 0 < last_step <= 1:
         raise ValueError(f"last step must be in (0, 1], not {last_step}")
+    too_close = UserError(
+        f"{steps} steps with a time shift of {time_shift:g} are too close to each other for "
+        "numbers of 32 bits: choose a time shift nearer to 1, or fewer steps"
+    )
+    if steps > 2**24:
+        raise too_close
     grid = torch.linspace(0, 1 - last_step, steps, dtype=torch.float32)
     grid = torch.cat([grid, grid.new_ones(1)])
     times: list[float] = shift_time(grid, time_shift).tolist()
     if not all(t < t_next for t, t_next in pairwise(times)):
-        raise UserError(
-            f"{steps} steps with a time shift of {time_shift:g} are too close to each other for "
-            "numbers of 32 bits: choose a time shift nearer to 1, or fewer steps"
-        )
+        raise too_close
     return times
 
 

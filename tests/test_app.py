@@ -552,6 +552,11 @@ class TestCommand:
         ((model, *_),) = served
         assert model.origin.checkpoint == str(newest)
 
+    def test_a_shipped_one_is_shown_by_its_name(self, served: list[Any]) -> None:
+        assert app.main(["--checkpoint", "deco-digits", "--device", "cpu"]) == 0
+        ((model, *_),) = served
+        assert model.origin.checkpoint == "deco-digits"
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -111,6 +111,7 @@ def put_cuda_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "graph": fake_graph,
         "CUDAGraph": FakeGraph,
         "set_stream": lambda stream: None,
+        "graph_pool_handle": lambda: (0, 1),
     }.items():
         monkeypatch.setattr(cuda, name, fake)
     original = CapturedBackward._record
@@ -135,6 +136,15 @@ def train_recorded_and_not(folder: Path) -> None:
         weights, figures = trained(config, processes, False)
         put_cuda_on_the_cpu(patch)
         patch.setattr(step_module, "can_capture", lambda *_: True)
+        # As a processor of another kind may draw them, which the main process's values replace.
+        prepare = step_module.parallel.prepare_network
+
+        def after_other_draws(objective: Any, *arguments: Any, **options: Any) -> Any:
+            for parameter in objective.parameters():
+                parameter.data += processes.rank
+            return prepare(objective, *arguments, **options)
+
+        patch.setattr(step_module.parallel, "prepare_network", after_other_draws)
         # A few parameters to a bucket.
         patch.setattr(distributed_module, "_BUCKET_BYTES", 4096)
         own_weights, own_figures = trained(config, processes, True)
@@ -244,3 +254,4 @@ def test_what_waits_for_the_gpu_cannot_be_recorded() -> None:
     weight.grad = None
     captured(2 * x)
     torch.testing.assert_close(weight.grad, 24 * x)
+    torch.cuda.empty_cache()  # which is an error while something is being recorded

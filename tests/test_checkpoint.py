@@ -89,7 +89,10 @@ def random_model(seed: int, config: DeCoConfig = CONFIG) -> DeCo:
         ({"sampling": {"guidance_interval": [0, 10**400]}}, "not a model card"),
         ({"sampling": {"guidance_rescale": 2}}, "guidance_rescale must be 0 … 1, not 2"),
         ({"sampling": {"time_shift": 0}}, "time_shift must be above 0, not 0"),
-        ({"sampling": "euler"}, "dictionary update sequence"),
+        ({"step": -1}, "step must be at least 0, not -1"),
+        ({"assumed": "abc"}, "sampling must be an object, and assumed a list"),
+        ({"sampling": []}, "sampling must be an object, and assumed a list"),
+        ({"sampling": "euler"}, "sampling must be an object, and assumed a list"),
         ({"heigth": 8}, "not a model card"),
     ],
 )

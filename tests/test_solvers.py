@@ -251,7 +251,7 @@ def test_an_impossible_last_step_is_refused(last_step: float) -> None:
         time_grid(10, last_step=last_step)
 
 
-@pytest.mark.parametrize(("steps", "time_shift"), [(2, 1e-30), (100, 1e-9), (2, 1e40)])
+@pytest.mark.parametrize(("steps", "time_shift"), [(2, 1e-30), (100, 1e-9), (2, 1e40), (10**21, 1)])
 def test_times_that_are_equal_are_refused(steps: int, time_shift: float) -> None:
     with pytest.raises(UserError, match="too close to each other for numbers of 32 bits"):
         time_grid(steps, time_shift)

@@ -23,7 +23,7 @@ from deco_fast.errors import UserError, is_out_of_memory
 from deco_fast.sampling.images import to_uint8
 from deco_fast.sampling.run import check_finite, draw_states, finite_images
 from deco_fast.sampling.text_encoder import cut_prompts
-from deco_fast.sampling.writers import PngFolder
+from deco_fast.sampling.writers import VERSION_KEY, PngFolder
 
 ANIMATION_FILE = "trajectory.webp"
 
@@ -161,7 +161,7 @@ def _write(
         "width": request.width,
         "prompts": request.job.prompts,
         "negative_prompt": request.negative_prompt,
-        "deco_fast": __version__,
+        VERSION_KEY: __version__,
         **asdict(request.settings),
     }
     output = PngFolder(folder / "images", settings, request.job.labels, kind)

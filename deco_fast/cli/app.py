@@ -14,7 +14,7 @@ from deco_fast.app.address import check_address
 from deco_fast.app.limits import Limits
 from deco_fast.app.served import Origin, ServedModel
 from deco_fast.checkpoint import load_checkpoint
-from deco_fast.checkpoint.find import HUB_SCHEME, locate
+from deco_fast.checkpoint.find import HUB_SCHEME, is_shipped, locate
 from deco_fast.checkpoint.format import WEIGHTS
 from deco_fast.checkpoint.load import check_architecture, open_checkpoint
 from deco_fast.cli.parser import CommandParser, checked, not_empty, one_of, whole_number
@@ -125,7 +125,8 @@ def _name(checkpoint: Path, named: str | None) -> str:
     """What gives these weights later too, when a run has gone on."""
     if not named:
         return _short(checkpoint)
-    return named if named.startswith(HUB_SCHEME) else str(checkpoint)
+    shipped = is_shipped(named) and not Path(named).exists()
+    return named if shipped or named.startswith(HUB_SCHEME) else str(checkpoint)
 
 
 def _short(path: Path) -> str:

@@ -44,6 +44,7 @@ from deco_fast.sampling.source import checkpoint_name, default_checkpoint
 from deco_fast.sampling.text_encoder import cut_prompts, open_text_encoder, text_encoder_path
 from deco_fast.sampling.writers import (
     GRID_FILE,
+    VERSION_KEY,
     NpzFile,
     PngFolder,
     check_writable,
@@ -292,7 +293,7 @@ def _record(plan: _Plan, options: argparse.Namespace, model: DeCoNetwork) -> dic
         "dtype": options.dtype,
         "matmul_precision": options.matmul_precision,
         "device": options.device,
-        "deco_fast": __version__,
+        VERSION_KEY: __version__,
         **asdict(plan.settings),
     }
 

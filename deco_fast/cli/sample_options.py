@@ -227,8 +227,8 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         "--matmul-precision",
         type=one_of(MATMUL_PRECISIONS),
         default="highest",
-        help="of products in fp32: high lets a GPU use TF32 and a CPU three bfloat16 products "
-        "(default: %(default)s)",
+        help="of products in fp32: high lets a GPU use TF32 and a CPU with a matrix unit "
+        "three bfloat16 products (default: %(default)s)",
     )
     group.add_argument(
         "--compile",

@@ -65,8 +65,8 @@ class SuiteFolder(NamedTuple):
         if reference == DATASET:
             return
         given, here = Path(reference).resolve(), self.path.resolve()
-        written = [here, *(here / name for name in (*_WRITTEN, _RUNS))]
-        if here.is_relative_to(given) or any(map(given.is_relative_to, written[1:])):
+        written = [here / name for name in (*_WRITTEN, _RUNS)]
+        if here.is_relative_to(given) or any(map(given.is_relative_to, written)):
             raise UserError(
                 f"--reference {reference} lies among what the suite writes into {self.path}, or "
                 "holds it: choose another --out"

@@ -64,7 +64,10 @@ class ModelCard:
             ValueError: a field is unknown, of another type or out of range.
         """
         try:
-            sampling = dict(fields.get("sampling", {}))
+            sampling, assumed = fields.get("sampling", {}), fields.get("assumed", ())
+            if not isinstance(sampling, dict) or not isinstance(assumed, list | tuple):
+                raise TypeError("sampling must be an object, and assumed a list")
+            sampling = dict(sampling)
             if "guidance_interval" in sampling:
                 low, high = sampling["guidance_interval"]
                 sampling["guidance_interval"] = (float(low), float(high))
@@ -72,10 +75,10 @@ class ModelCard:
                 **{
                     **fields,
                     "sampling": SamplingSettings(**sampling),
-                    "assumed": tuple(fields.get("assumed", ())),
+                    "assumed": tuple(assumed),
                 }
             )
-        except (TypeError, OverflowError) as error:
+        except (TypeError, OverflowError, AttributeError) as error:
             raise ValueError(f"not a model card: {error}") from error
         _check_card(card)
         _check_sampling(card.sampling)
@@ -90,6 +93,7 @@ def _check_card(card: ModelCard) -> None:
         _check_type(card, str, "text_encoder")
     if card.step is not None:
         _check_type(card, int, "step")
+        _check_range(card, 0, math.inf, "step")
     if not all(isinstance(sentence, str) for sentence in card.assumed):
         raise ValueError(f"assumed must be sentences, not {card.assumed}")
 

@@ -60,7 +60,7 @@ class _BenchmarkFolder(ABC):
 
         Raises:
             UserError: it cannot be written, or holds images of other settings, or, with
-                `overwrite` too, files that are not ours.
+                `overwrite` too, files that are not ours; for DPG images of other prompts are.
         """
         if self.settings_file.exists():
             before = read_settings(self.settings_file)

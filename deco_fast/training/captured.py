@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -90,14 +91,13 @@ class CapturedBackward:
                 self._compute(self._inputs)
         self._forget_gradients()
         current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
             # The loader's thread may pin memory in the meantime, which is no part of the recording.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                 losses = self._compute(self._inputs)
         except RuntimeError as error:
-            # An error while a recording ends leaves its stream behind as the current one.
-            torch.cuda.set_stream(current)
+            _abandon(pool, current)
             self._failed, self._inputs = True, ()
             self._forget_gradients()
             # The error of what was recorded, where that of the end of the recording followed it.
@@ -133,6 +133,19 @@ class CapturedBackward:
                 parameter.grad = gradient if self._parts == 1 else gradient.clone()
         if old:
             torch._foreach_add_(old, new)
+
+
+def _abandon(pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
+    """Go on on this stream after a recording has failed.
+
+    An error while a recording ends leaves the recording's stream behind as the current one, and the
+    allocator recording into its pool, which then gives no memory back, its own or others'.
+    """
+    torch.cuda.set_stream(stream)
+    # Where the recording has ended in good order, there is nothing to end: so says the error.
+    with suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(stream.device.index, pool)
+        torch._C._cuda_releasePool(stream.device.index, pool)
 
 
 def _differ(own: Tensor | None, given: Tensor | None) -> bool:
