@@ -6,6 +6,7 @@ Everything below the commands gets a `RunConfig` and reads neither files nor the
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
@@ -233,6 +234,8 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        if Path(self.name).name != self.name or self.name in ("", ".."):
+            raise ValueError(f"name '{self.name}' must be that of a folder in runs/: give --out")
         for side in ("height", "width"):
             if getattr(self.data, side) % self.model.patch_size:
                 raise ValueError(
@@ -396,7 +399,7 @@ def _explain(error: ValidationError) -> str:
         name = str(first["ctx"]["tag"])
         return f"model.network: there is no '{name}'{nearest(name, NETWORKS)}"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key '{key}'{nearest(key, _keys(network))}"
+        return f"unknown key '{key}'{_nearest_key(key, _keys(network))}"
     if first["type"] in ("missing", "missing_argument"):
         return f"'{key}' is not set: add it to the configuration or give --{key}"
     if first["type"] == "literal_error":
@@ -415,6 +418,17 @@ def _keys(network: type[NetworkConfig] | None) -> list[str]:
         own = {f"model.{part.name}" for part in dataclasses.fields(network)}
         keys = [key for key in keys if not key.startswith("model.") or key in own]
     return [*keys, *{key.split(".")[0] for key in keys}, "model.preset"]
+
+
+def _nearest_key(key: str, keys: Sequence[str]) -> str:
+    """As `nearest`, by the names without their sections: the key's own section, then all."""
+    section, _, name = key.rpartition(".")
+    own = [known for known in keys if known.rpartition(".")[0] == section]
+    for some in (own, keys):
+        names = {known.rpartition(".")[2]: known for known in some}
+        if close := difflib.get_close_matches(name, names, n=1):
+            return f"; did you mean '{names[close[0]]}'?"
+    return nearest(key, keys)
 
 
 def _choices(place: Sequence[str], network: type[NetworkConfig] | None) -> list[str]:

@@ -297,6 +297,15 @@ def test_a_training_state_that_could_not_be_read_back_is_refused(
 # Which checkpoint is meant
 
 
+def test_the_folder_where_one_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert load_checkpoint(".").card == load_checkpoint(folder).card
+    monkeypatch.chdir(folder.anchor)
+    for path in (".", folder.anchor):
+        with pytest.raises(UserError, match="is a folder without a complete checkpoint"):
+            load_checkpoint(path)
+
+
 def test_a_run_folder_stands_for_its_newest_complete_checkpoint(folder: Path) -> None:
     checkpoints, run = folder.parent, folder.parent.parent
     newer = save_checkpoint(

@@ -176,6 +176,8 @@ def test_a_number_without_a_dot_in_yaml_is_a_number(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["--model.hiden_size", "8"], "unknown key 'model.hiden_size'; did you mean 'model.hidden"),
+        (["--training.checkpoint_interval", "8"], "did you mean 'output.checkpoint_every'"),
+        (["--name", "../evil"], "name '../evil' must be that of a folder in runs/: give --out"),
         (["--trainin.steps", "8"], "unknown key 'trainin'; did you mean 'training'"),
         (["--training.steps", "many"], "training.steps: .*integer.*'many'"),
         (["--training.steps", "0"], "training.steps: .*greater than or equal to 1"),

@@ -77,6 +77,8 @@ def atomic_folder(folder: Path, owned: Collection[str]) -> Iterator[Path]:
 
 def previous_or_self(folder: Path) -> Path:
     """`folder`, or the one that it was about to replace when the program was killed."""
+    if not folder.name:  # of "." and "/"
+        return folder
     previous = folder.with_name(folder.name + PREVIOUS_SUFFIX)
     return previous if not folder.exists() and previous.exists() else folder
 

@@ -93,10 +93,12 @@ def _named(options: argparse.Namespace) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for word in options.checkpoints:
         name, equals, path = word.partition("=")
+        if equals and not path:
+            raise UserError(f"'{word}' names no checkpoint: NAME=PATH")
         located = locate(path if equals else word)
         name = name if equals else checkpoint_name(located)
         if name in named:
-            raise UserError(f"two checkpoints are called '{name}': name them, NAME={word}")
+            raise UserError(f"two checkpoints are called '{name}': name them, NAME={path or word}")
         named[name] = located
     return named
 

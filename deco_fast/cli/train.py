@@ -165,6 +165,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument(
         "--repa",
+        type=not_empty,
         metavar="on|off|FILE",
         help="align the DiT with DINOv2, whose weights are FILE (default: as configured)",
     )

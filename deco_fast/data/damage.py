@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 
 import torch
@@ -62,7 +63,9 @@ class DamageRecord:
         self.flags[index] = True
         count = int(self.flags.sum())
         if count <= _LOGGED:
-            _log.warning("skipped damaged image %s: %s", self._names[index], reason)
+            # Pillow names the object that it read from, which says nothing to anyone.
+            text = re.sub(r" <_io\.\w+ object at 0x[0-9a-f]+>", "", str(reason))
+            _log.warning("skipped damaged image %s: %s", self._names[index], text)
         if count == _LOGGED:
             _log.warning("further damaged images will only be counted")
         self.check()

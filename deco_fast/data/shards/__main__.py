@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 from deco_fast.cli.parser import CommandParser, whole_number
-from deco_fast.data.shards.pack import pack
+from deco_fast.data.shards.pack import CLASSES, pack
 from deco_fast.errors import run_command
 
 
@@ -37,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     shards = pack(options.folder, options.out, options.images_per_shard, options.seed)
     print(f"{options.out} holds {len(shards):,} shard(s)")
-    print(f"train on them: python train.py --data.dataset shards --data.root {options.out}")
+    classes = len(json.loads(Path(options.out, CLASSES).read_text(encoding="utf-8")))
+    keys = f"--data.dataset shards --data.root {options.out} --model.num_classes {classes}"
+    print(f"train on them: python train.py {keys}")
     return 0
 
 

@@ -18,6 +18,7 @@ from deco_fast.data.names import fingerprint
 from deco_fast.errors import UserError
 
 PLAN = "pack.json"
+CLASSES = "classes.json"
 
 
 def pack(
@@ -90,7 +91,7 @@ def _open(out: Path, images: FolderImages, arguments: dict[str, int]) -> None:
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another folder for the shards")
-    for name, content in (("classes.json", images.classes), (PLAN, plan)):
+    for name, content in ((CLASSES, images.classes), (PLAN, plan)):
         with atomic_file(out / name) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
