@@ -233,8 +233,6 @@ def specialisations(capability: int) -> Iterator[Specialisation]:
             | {"partials": float32, "tokens": "i32", "chunks": "i32", "eps": "fp32"},
             padded | {"TOKENS": TOKENS},
             num_warps=_warps(width),
-            # At a width of 1,024 the assembler settles for 64 registers and spills one pair.
-            stack_bytes=8 if (dtype, capability) == ("fp32", 80) else 0,
         )
         yield Specialisation(
             f"norm_modulate_reduce {name}",
