@@ -308,7 +308,9 @@ def test_inception_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         open_extractor("inception")
 
 
-def test_dinov2_features(tmp_path: Path) -> None:
+@pytest.fixture
+def dinov2(tmp_path: Path) -> tuple[Any, Path]:
+    """A small one of random weights, and their file."""
     # Imported here: every process of the test above would wait for it.
     from transformers import Dinov2Config
 
@@ -319,7 +321,12 @@ def test_dinov2_features(tmp_path: Path) -> None:
     )
     backbone = random_dinov2(config=config).eval()
     save_file(backbone.state_dict(), tmp_path / "model.safetensors")
-    extractor = open_extractor("dinov2", str(tmp_path / "model.safetensors"))
+    return backbone, tmp_path / "model.safetensors"
+
+
+def test_dinov2_features(dinov2: tuple[Any, Path], tmp_path: Path) -> None:
+    backbone, file = dinov2
+    extractor = open_extractor("dinov2", str(file))
     images = torch.from_numpy(images_of(2, 224)).permute(0, 3, 1, 2)
     mean, std = (
         torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -333,7 +340,18 @@ def test_dinov2_features(tmp_path: Path) -> None:
         open_extractor("dinov2", str(tmp_path / "none.pth"))
 
 
-def test_no_gpu_would_round_what_it_convolves(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["random-conv", pytest.param("inception", marks=needs_fidelity), "dinov2"]
+)
+def test_no_gpu_would_round_what_it_convolves(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = None
+    if name == "inception":
+        weights = str(request.getfixturevalue("inception_file"))
+    elif name == "dinov2":
+        weights = str(request.getfixturevalue("dinov2")[1])
+    extractor = open_extractor(name, weights)
     convolve, seen = F.conv2d, []
 
     def watched(*arguments: Any, **options: Any) -> Tensor:
@@ -342,7 +360,7 @@ def test_no_gpu_would_round_what_it_convolves(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(F, "conv2d", watched)
     before = torch.backends.cudnn.allow_tf32
-    RandomConvExtractor(CPU)(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    extractor(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     assert seen and not any(seen)
     assert torch.backends.cudnn.allow_tf32 == before
 
