@@ -103,7 +103,8 @@ def backward_kernel(
         shift_sums += g
         scale_sums += g * n
         g *= factor
-        result = rstd * (g - n * (tl.sum(g * n, axis=0) / WIDTH))
+        mean = tl.sum(g * n, axis=0) / WIDTH
+        result = rstd * g - n * (rstd * mean)
         tl.store(grad_x + place, result.to(grad_x.dtype.element_ty), mask=mask)
         place = later
     out = partials + (image * chunks + chunk) * 2 * WIDTH + column

@@ -51,10 +51,14 @@ _BACKWARD = {
 }
 _SMALL_MEMORY_BACKWARD = {(64, True): Tile(16, 8, 1)}
 """Where a program can have 99 KiB of shared memory and no more."""
+_ONLY_BLOCK_BACKWARD = {(32, True): Tile(32, 4, 2), (32, False): Tile(16, 16, 1)}
+"""Of a single block, whose kernel has both the input projections and the output."""
+_HOPPER_BACKWARD = {(16, False): Tile(32, 8, 1)}
+"""On sm_90, where with tiles of 16 pixels the last block's kernel spills."""
 _BLACKWELL_BACKWARD = {(32, True): Tile(64, 8, 1)}
 """With products in tensor memory (sm_100), half as many values to a thread."""
 
-_STACK_BYTES = {(16, True): 64, (32, True): 128, (64, True): 64, (32, False): 256, (64, False): 896}
+_STACK_BYTES = {(16, True): 64, (32, True): 64, (64, True): 64, (32, False): 64, (64, False): 896}
 _AMPERE_STACK_BYTES = {(32, True): 640}
 """sm_80 and its kin hold the matrices of products in registers, and so spill them; elsewhere the
 matrices stay in shared memory."""
@@ -112,6 +116,10 @@ class Shape(NamedTuple):
     def backward_tile(self, capability: int) -> Tile:
         """Of the backward kernel."""
         key = self.channels, self.half
+        if self.blocks == 1 and key in _ONLY_BLOCK_BACKWARD:
+            return _ONLY_BLOCK_BACKWARD[key]
+        if capability == 90 and key in _HOPPER_BACKWARD:
+            return _HOPPER_BACKWARD[key]
         if _has_tensor_memory(capability) and key in _BLACKWELL_BACKWARD:
             return _BLACKWELL_BACKWARD[key]
         if capability not in _SHARED_MEMORY and key in _SMALL_MEMORY_BACKWARD:
