@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from deco_fast.errors import UserError
 
@@ -53,15 +53,14 @@ def compile_apart(function: Callable[..., _T]) -> Callable[..., _T]:
     goes what was compiled of it.
 
     Args:
-        function: a function or a bound method.
+        function: a Python function; of a method the function that it is in its class.
     """
     import torch  # whose compiler this brings along
 
-    plain = getattr(function, "__func__", function)
+    plain = cast(types.FunctionType, function)
     copy = types.FunctionType(
         plain.__code__.replace(),
         *(plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__),
     )
     copy.__kwdefaults__ = plain.__kwdefaults__
-    bound = types.MethodType(copy, function.__self__) if hasattr(function, "__self__") else copy
-    return torch.compile(bound, fullgraph=True, dynamic=False)
+    return torch.compile(cast(Callable[..., _T], copy), fullgraph=True, dynamic=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -246,6 +248,33 @@ class TestWork:
             engine.warm_up()
         start = noise(2)
         assert error(engine(start, [1, 2]), plain(model, start, [1, 2], GUIDED)) < 1e-5
+
+    @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+    @pytest.mark.parametrize("depth", [2, 9], ids=["one graph", "block by block"])
+    def test_its_copy_of_the_weights_goes_with_it(
+        self, depth: int, compile: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """At once, and not when Python looks for objects that refer to one another in a circle."""
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        torch.compiler.reset()
+        model = random_model(replace(CONFIG, depth=depth))
+        gc.collect()
+        gc.disable()
+        try:
+            engine = SamplingEngine(model, batch_size=1, compile=compile)
+            engine.warm_up()
+            engine(noise(1), [0])
+            died = weakref.ref(engine)
+            weights = [weakref.ref(tensor) for tensor in engine._blocks.parameters()]
+            weights += [weakref.ref(tensor) for tensor in engine._blocks.buffers()]
+            assert len(weights) >= depth
+            del engine
+            assert died() is None
+            if compile:  # torch's compiler has circles of its own
+                gc.collect()
+            assert [weight() for weight in weights] == [None] * len(weights)
+        finally:
+            gc.enable()
 
     def test_a_batch_that_failed_leaves_nothing_behind(
         self, monkeypatch: pytest.MonkeyPatch

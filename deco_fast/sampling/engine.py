@@ -119,8 +119,11 @@ class SamplingEngine:
         self._is_guided = any(e.guided for e in self._evaluations)
         self._state_dtype = torch.promote_types(model.dtype, torch.float32)
         self._compiled = compile
-        self._run_step, self._run_block = self._step, _call
-        self._run_decode, self._run_move = self._decode, self._move
+        # Functions and no bound methods: an engine that referred to itself would keep its copy of
+        # the weights until Python looks for such circles.
+        engine = type(self)
+        self._run_step, self._run_block = engine._step, _call
+        self._run_decode, self._run_move = engine._decode, engine._move
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self._times = times = torch.tensor(
             [e.t for e in self._evaluations], dtype=self._state_dtype, device=self._device
@@ -157,11 +160,11 @@ class SamplingEngine:
 
     def _compile(self) -> None:
         if self.model.config.depth <= _ONE_GRAPH_DEPTH:
-            self._run_step = compile_apart(self._step)
+            self._run_step = compile_apart(self._run_step)
             return
-        self._run_block = compile_apart(_call)
-        self._run_decode = compile_apart(self._decode)
-        self._run_move = compile_apart(self._move)
+        self._run_block = compile_apart(self._run_block)
+        self._run_decode = compile_apart(self._run_decode)
+        self._run_move = compile_apart(self._run_move)
 
     def try_out(self) -> None:
         """Evaluate the model once for each number of inputs that a batch will bring.
@@ -304,7 +307,7 @@ class SamplingEngine:
         """Evaluate the first `size` images and move them."""
         x, velocities = self._x[:size], self._velocities[:, :size]
         new_x, new_velocities = self._run_step(
-            x, velocities, self._index, self._rows[: 2 * size], self._table.tensors, guided
+            self, x, velocities, self._index, self._rows[: 2 * size], self._table.tensors, guided
         )
         x.copy_(new_x)
         velocities.copy_(new_velocities)
@@ -327,7 +330,9 @@ class SamplingEngine:
         t = self._times.index_select(0, index[0])
         inputs = x.repeat(2, 1, 1, 1) if guided else x
         velocity = self._velocity(inputs, conditions, temb, t, final)
-        return self._run_move(x, velocities, velocity, self._weights.index_select(0, index[0])[0])
+        return self._run_move(
+            self, x, velocities, velocity, self._weights.index_select(0, index[0])[0]
+        )
 
     def _velocity(
         self,
@@ -341,7 +346,7 @@ class SamplingEngine:
         s = model.patch_embedder(patchify(x.to(model.dtype), model.config.patch_size))
         for block, condition in zip(self._blocks, conditions, strict=True):
             s = self._run_block(block, s, self._rotary, *condition)
-        return self._run_decode(x, s, temb, t, *final)
+        return self._run_decode(self, x, s, temb, t, *final)
 
     def _decode(self, x: Tensor, s: Tensor, temb: Tensor, t: Tensor, *final: Tensor) -> Tensor:
         model = self.model

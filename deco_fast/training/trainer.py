@@ -6,7 +6,6 @@ anywhere goes on exactly as if it had not, on any number of processes.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -190,8 +189,6 @@ class Trainer:
             except (UserError, OSError, torch.OutOfMemoryError) as error:
                 reason = str(error).strip().partition("\n")[0]
                 monitor.say(f"no samples of step {self.step:,} ({reason}): the training goes on")
-            # An engine refers to itself: its copy of the weights would stay until Python looks.
-            gc.collect()
 
     def _save_samples(self, weights: dict[str, Tensor], monitor: Monitor) -> None:
         model = empty_network(self.config.model, self.config.card()).eval()
