@@ -6,12 +6,14 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_qwen3
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Model
 
 from deco_fast.conditioning import qwen3
@@ -58,6 +60,27 @@ def test_features_are_the_last_hidden_state(encoder: Qwen3TextEncoder, prompt: s
     assert torch.allclose(actual, by_hand(prompt, "sdpa"), atol=1e-5)
     if prompt:  # of an empty one every position is masked, for which softmax has no definition
         assert torch.allclose(actual, by_hand(prompt, "eager"), atol=1e-5)
+
+
+def test_nothing_waits_for_the_device(encoder: Qwen3TextEncoder) -> None:
+    """A value that the host reads is one for which a GPU would have to be waited for."""
+    read: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
+                read.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        bool(torch.ones(2).all())
+        assert read
+        read.clear()
+        encoder._encode(PROMPTS)
+        encoder._encode(["a" * 4 * LENGTH])  # without padding
+    assert not read
 
 
 def test_the_empty_prompt_is_padding_alone(encoder: Qwen3TextEncoder) -> None:

@@ -200,6 +200,13 @@ class TestGenEval:
             Path("g", name).parent.mkdir(exist_ok=True)
             Path("g", name).write_text("mine")
         Path("metadata.jsonl").write_text(self.LINES[0] + "\n", "utf-8")
+        # GenEval's scorer would take it for a fifth sample.
+        Path("g/00001/samples/0004.png").write_bytes(b"mine")
+        before = {name: Path("g", name).read_bytes() for name in files(Path("g"))}
+        assert run(*command, "--overwrite") == 2
+        assert "g/00001/samples/0004.png is no image of ours: delete it" in capsys.readouterr().err
+        assert {name: Path("g", name).read_bytes() for name in files(Path("g"))} == before
+        Path("g/00001/samples/0004.png").unlink()
         assert run(*command, "--overwrite") == 0
         samples = {f"00000/samples/{k:04d}.png" for k in range(4)}
         assert files(Path("g")) == {

@@ -259,6 +259,28 @@ class TestNpzFile:
             assert file.pending(range(10)) == pending
             file.write(range(4), pictures()[:4])
 
+    @pytest.mark.parametrize("finished", [False, True])
+    def test_files_of_others_in_the_partial_folder_stay(
+        self, tmp_path: Path, finished: bool
+    ) -> None:
+        if finished:
+            write_npz(tmp_path / "a.npz", [list(range(10))])
+        mine = tmp_path / "a.npz.partial" / "thesis.tex"
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+        before = listing(tmp_path)
+        with pytest.raises(UserError, match=r"thesis\.tex is not ours: delete it"):
+            npz_file(tmp_path / "a.npz", seed=1).open(overwrite=True)
+        assert listing(tmp_path) == before
+        mine.unlink()
+        file = npz_file(tmp_path / "a.npz", seed=1)
+        file.open(overwrite=True)
+        mine.write_text("mine")
+        file.write(range(10), pictures())
+        file.finish()
+        assert file.finished
+        assert [file.name for file in mine.parent.iterdir()] == ["thesis.tex"]
+
     @pytest.mark.parametrize("content", [b"mine", None])
     def test_a_file_of_somebody_else_is_not_replaced(
         self, tmp_path: Path, content: bytes | None

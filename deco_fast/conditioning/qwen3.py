@@ -145,13 +145,24 @@ class Qwen3TextEncoder:
         with torch.inference_mode(False), torch.no_grad():
             features = self._model(
                 input_ids=to_device(tokens["input_ids"], self.device),
-                attention_mask=to_device(tokens["attention_mask"], self.device),
+                attention_mask=_causal_mask(to_device(tokens["attention_mask"], self.device)),
                 use_cache=False,
             )[0]
             features = features[..., : self.size]
             features = F.pad(features, (0, self.size - features.shape[-1]))
         # Each its own memory, so that a cached one does not keep the others.
         return [feature.clone() for feature in features]
+
+
+def _causal_mask(is_token: Tensor) -> Tensor:
+    """What attends to what, (N, 1, L, L), of a mask of the padding (N, L).
+
+    transformers would make the same, but first ask the GPU, and wait for it, whether there is any
+    padding.
+    """
+    length = is_token.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=is_token.device).tril()
+    return causal & is_token.bool()[:, None, None, :]
 
 
 def qwen3_flops(tokens: int) -> int:

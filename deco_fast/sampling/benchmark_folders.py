@@ -32,6 +32,9 @@ from deco_fast.sampling.writers import (
     writing,
 )
 
+_NUMBER = "[0-9]{5,}"
+"""The name of a prompt's folder."""
+
 
 class _BenchmarkFolder(ABC):
     """What both have in common."""
@@ -60,7 +63,8 @@ class _BenchmarkFolder(ABC):
 
         Raises:
             UserError: it cannot be written, or holds images of other settings, or, with
-                `overwrite` too, files that are not ours; for DPG images of other prompts are.
+                `overwrite` too, files that are not ours; for DPG images of other prompts are, and
+                for both what their scorers would take for an image.
         """
         if self.settings_file.exists():
             before = read_settings(self.settings_file)
@@ -140,16 +144,24 @@ class GenEvalFolder(_BenchmarkFolder):
             remove_temporaries(folder / "samples")
 
     def _delete(self) -> None:
+        numbered = (folder for folder in self.path.iterdir() if re.fullmatch(_NUMBER, folder.name))
+        folders = sorted(folder for folder in numbered if folder.is_dir())
+        ours = {f"{sample:04d}.png" for sample in range(IMAGES_PER_PROMPT)}
+        for folder in folders:
+            for file in sorted(_entries(folder / "samples")):
+                # What the scorer would take for one of the samples, once ours are gone.
+                if re.match(r"\d+\.png", file.name) and file.name not in ours:
+                    raise UserError(
+                        f"{file} is no image of ours: delete it, or choose another --out"
+                    )
         with writing(self.path):
-            for folder in sorted(self.path.iterdir()):
-                if not re.fullmatch(r"[0-9]{5,}", folder.name) or not folder.is_dir():
-                    continue
+            for folder in folders:
                 samples = folder / "samples"
                 remove_temporaries(folder)
                 remove_temporaries(samples)
                 (folder / "metadata.jsonl").unlink(missing_ok=True)
-                for sample in range(IMAGES_PER_PROMPT):
-                    (samples / f"{sample:04d}.png").unlink(missing_ok=True)
+                for name in ours:
+                    (samples / name).unlink(missing_ok=True)
                 _remove_if_empty(samples)
                 _remove_if_empty(folder)
 

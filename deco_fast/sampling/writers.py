@@ -10,7 +10,6 @@ import json
 import os
 import re
 import reprlib
-import shutil
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from deco_fast.checkpoint.atomic import atomic_file, remove_temporaries
+from deco_fast.checkpoint.atomic import atomic_file, is_leftover, remove_temporaries
 from deco_fast.errors import UserError
 
 Settings = Mapping[str, Any]
@@ -34,6 +33,10 @@ SETTINGS_FILE = "settings.json"
 GRID_FILE = "grid.png"
 VERSION_KEY = "deco_fast"
 """The setting by which a settings.json is known as ours: the version that drew the images."""
+
+_WHOLE = "whole.npz"
+_PARTS = rf"(\d{{8}})-(\d{{8}})\.npy|{re.escape(_WHOLE)}|{re.escape(SETTINGS_FILE)}"
+"""What FILE.partial holds, of an NpzFile."""
 
 # The same images may come from elsewhere, by other means.
 _FREE = frozenset({"checkpoint", "device"})
@@ -176,8 +179,11 @@ class NpzFile:
         """Make FILE.partial, unless it is there or FILE is; `overwrite` drops what is in the way.
 
         Raises:
-            UserError: it cannot be written, or there are images of other settings.
+            UserError: it cannot be written, or there are images of other settings, or, with
+                `overwrite` too, files in FILE.partial that are not ours.
         """
+        if overwrite and (foreign := self._foreign()):
+            raise UserError(f"{foreign[0]} is not ours: delete it, or choose another --npz")
         if self.finished:
             if overwrite:
                 with writing(self.path):
@@ -191,9 +197,7 @@ class NpzFile:
                 self._refuse_other(read_settings(stored), self.partial)
             elif not stored.exists() or changes(read_settings(stored), self.settings):
                 # The folder itself stays: it is locked.
-                with writing(self.partial):
-                    for part in self.partial.iterdir():
-                        part.unlink()
+                self._empty_partial()
         write_settings(stored, self.settings)
 
     def _refuse_other(self, before: Settings, place: Path) -> None:
@@ -250,7 +254,7 @@ class NpzFile:
         # Within the partial folder, which is deleted whole: a killed program leaves nothing behind.
         for leftover in self.partial.glob(".*.tmp-*"):
             leftover.unlink(missing_ok=True)
-        whole = self.partial / "whole.npz"
+        whole = self.partial / _WHOLE
         with atomic_file(whole) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             with _member(archive, "arr_0.npy") as member:
                 shape = (len(self.labels), *np.load(parts[0][2], mmap_mode="r").shape[1:])
@@ -265,7 +269,27 @@ class NpzFile:
                 member.write(json.dumps(self.settings).encode())
         with writing(self.path):
             whole.replace(self.path)
-        shutil.rmtree(self.partial, ignore_errors=True)
+        self._empty_partial()
+        if not self._foreign():
+            self.partial.rmdir()
+
+    def _foreign(self) -> list[Path]:
+        """What is in FILE.partial and has no name of ours."""
+        if not self.partial.is_dir():
+            return []
+        return sorted(
+            file
+            for file in self.partial.iterdir()
+            if not re.fullmatch(_PARTS, file.name) and not is_leftover(file)
+        )
+
+    def _empty_partial(self) -> None:
+        """Delete what is ours in FILE.partial."""
+        foreign = self._foreign()
+        with writing(self.partial):
+            for file in self.partial.iterdir():
+                if file not in foreign:
+                    file.unlink()
 
     def _parts(self) -> Iterator[tuple[int, int, Path]]:
         """(first, last, file) of the batches, ascending."""
