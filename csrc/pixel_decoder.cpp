@@ -259,8 +259,8 @@ struct Problem {
   explicit Problem(const PixelDecoderShape& shape) {
     const int64_t p = shape.patch_size;
     plane = shape.height * shape.width;
-    pixels = p * p;
-    tokens = shape.batch * (plane / pixels);
+    pixels = shape.pixels;
+    tokens = shape.batch * (plane / (p * p));
     tiles = ceil_divide(tokens, kTile);
     // Pixels first: the gradients of the table and the bias then need no partial sums.
     segments = smaller(tiles > 0 ? tiles : 1, ceil_divide(kChunks, pixels));
@@ -268,7 +268,7 @@ struct Problem {
   }
 };
 
-// The pixels and tiles of one chunk.
+// The pixels, counted from the call's first, and the tiles of one chunk.
 struct Chunk {
   int64_t segment, pixel_begin, pixel_end, tile_begin, tile_end;
 
@@ -514,12 +514,14 @@ class Decoder {
     const MatrixUnit unit;
 
     for (int64_t pixel = chunk.pixel_begin; pixel < chunk.pixel_end; ++pixel) {
-      const int64_t place = pixel / shape.patch_size * shape.width + pixel % shape.patch_size;
+      const int64_t in_patch = shape.first_pixel + pixel;
+      const int64_t place =
+          in_patch / shape.patch_size * shape.width + in_patch % shape.patch_size;
       for (int64_t tile = chunk.tile_begin; tile < chunk.tile_end; ++tile) {
         const TileTokens tokens(shape, problem.tokens, tile);
         const Element* rows = y + pixel * C * problem.tokens + tokens.first;
         tokens.gather(args.x + place, problem.plane, b.x);
-        begin(w, pixel, rows, problem.tokens, tokens.count, b);
+        begin(w, in_patch, rows, problem.tokens, tokens.count, b);
         prefetch(rows, problem.tokens, tokens);
         for (int i = 0; i < shape.blocks; ++i) {
           block_forward(w.blocks[i], packed[i], b.condition, b.h, *state.data);
@@ -791,14 +793,16 @@ class Decoder {
     const MatrixUnit unit;
 
     for (int64_t pixel = chunk.pixel_begin; pixel < chunk.pixel_end; ++pixel) {
-      const int64_t place = pixel / shape.patch_size * shape.width + pixel % shape.patch_size;
+      const int64_t in_patch = shape.first_pixel + pixel;
+      const int64_t place =
+          in_patch / shape.patch_size * shape.width + in_patch % shape.patch_size;
       b.table.clear();
       b.upsample_bias.clear();
       for (int64_t tile = chunk.tile_begin; tile < chunk.tile_end; ++tile) {
         const TileTokens tokens(shape, problem.tokens, tile);
         const int64_t first = pixel * C * problem.tokens + tokens.first;
         tokens.gather(args.x + place, problem.plane, f.x);
-        begin(w, pixel, y + first, problem.tokens, tokens.count, f);
+        begin(w, in_patch, y + first, problem.tokens, tokens.count, f);
         prefetch(y + first, problem.tokens, tokens);
         for (int i = 0; i < shape.blocks; ++i) {
           block_forward(w.blocks[i], packed[i], f.condition, f.h, states.data[i]);

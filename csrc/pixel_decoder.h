@@ -7,6 +7,8 @@
 //               h = h + gate · fc2(silu(fc1(z)))
 //   velocity = output · layer_norm(h)
 //
+// A call may take some of each patch's pixels, so that only their part of y need exist at a time.
+//
 // The implementation, pixel_decoder.cpp, is compiled once for each instruction set. It includes
 // neither torch nor standard templates: their inline copies would be compiled for that
 // instruction set too, and the linker may keep any one of them.
@@ -27,6 +29,9 @@ struct PixelDecoderShape {
   int patch_size;
   int channels;  // 16, 32 or 64
   int blocks;    // 1 … kMaxDecoderBlocks
+  // Of each patch, row by row: this call takes P pixels from `first_pixel` on.
+  int64_t first_pixel;
+  int64_t pixels;
   // How y and its gradient are stored, and in what the small products are computed. All sums,
   // the residual stream and the normalisation are float32.
   Element element;
@@ -58,8 +63,8 @@ struct PixelDecoderForward {
   PixelDecoderWeights weights;
   const void* packed;  // what `pack` wrote
   const float* x;      // (B, 3, H, W)
-  const void* y;       // (p²·C, N) = upsample_weight · tokensᵀ, without its bias
-  float* velocity;     // (B, 3, H, W)
+  const void* y;       // (P·C, N) = upsample_weight · tokensᵀ of the call's pixels, without its bias
+  float* velocity;     // (B, 3, H, W), of which the call's pixels are written
 };
 
 struct PixelDecoderBackward {
@@ -69,10 +74,10 @@ struct PixelDecoderBackward {
   const float* x;
   const void* y;
   const float* grad_velocity;  // (B, 3, H, W)
-  float* grad_x;               // (B, 3, H, W), or null where it is not wanted
-  void* grad_y;                // (p²·C, N)
-  float* grad_table;           // (segments, p², C): the caller sums over the segments
-  float* grad_upsample_bias;   // (segments, p², C): likewise
+  float* grad_x;               // as the velocity, or null where it is not wanted
+  void* grad_y;                // (P·C, N)
+  float* grad_table;           // (segments, P, C): the caller sums over the segments
+  float* grad_upsample_bias;   // (segments, P, C): likewise
   float* partials;             // (chunks, gradient_size): a row per chunk, written by its call
   float* gradients;            // (gradient_size): what `reduce` makes of the rows
 };

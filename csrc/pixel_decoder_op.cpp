@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
 #include "instruction_set.h"
@@ -20,7 +21,8 @@ constexpr size_t kBeforeBlocks = 3;  // rgb_weight, table, upsample_bias
 constexpr size_t kAfterBlocks = 2;   // output_weight, output_bias
 
 PixelDecoderShape checked_shape(const at::Tensor& x, const at::Tensor& y,
-                                const std::vector<at::Tensor>& weights, int64_t patch_size) {
+                                const std::vector<at::Tensor>& weights, int64_t patch_size,
+                                int64_t first_pixel) {
   TORCH_CHECK_VALUE(x.dim() == 4, "x must be (B, 3, H, W)");
   TORCH_CHECK_VALUE(patch_size > 0 && x.size(2) % patch_size == 0 && x.size(3) % patch_size == 0,
                     "height and width must be multiples of the patch size");
@@ -39,7 +41,13 @@ PixelDecoderShape checked_shape(const at::Tensor& x, const at::Tensor& y,
   const int64_t c = shape.channels, area = patch_size * patch_size;
   TORCH_CHECK_VALUE(c == 16 || c == 32 || c == 64, "the decoder's width must be 16, 32 or 64");
   check_float(x, {shape.batch, 3, shape.height, shape.width}, "x");
-  check(y, {area * c, shape.batch * (shape.height / patch_size) * (shape.width / patch_size)}, "y");
+  TORCH_CHECK_VALUE(y.dim() == 2 && y.size(0) % c == 0, "y must be (P·C, N)");
+  shape.first_pixel = first_pixel;
+  shape.pixels = y.size(0) / c;
+  TORCH_CHECK_VALUE(0 <= first_pixel && first_pixel <= area - shape.pixels,
+                    "the pixels of y must be of a patch");
+  check(y, {shape.pixels * c, shape.batch * (shape.height / patch_size) * (shape.width / patch_size)},
+        "y");
   auto weight = weights.begin();
   const auto next = [&weight](at::IntArrayRef sizes, const char* name) {
     check_float(*weight++, sizes, name);
@@ -91,14 +99,15 @@ const PixelDecoderKernels& selected_kernels() {
 
 }  // namespace
 
-at::Tensor pixel_decoder_forward(const at::Tensor& x, const at::Tensor& y,
-                                 const std::vector<at::Tensor>& weights, int64_t patch_size) {
+void pixel_decoder_forward(const at::Tensor& x, const at::Tensor& y,
+                           const std::vector<at::Tensor>& weights, int64_t patch_size,
+                           int64_t first_pixel, const at::Tensor& velocity) {
   const PixelDecoderKernels& kernels = selected_kernels();
-  at::Tensor velocity = at::empty_like(x);
   PixelDecoderForward args{};
-  args.shape = checked_shape(x, y, weights, patch_size);
-  if (x.numel() == 0) {
-    return velocity;
+  args.shape = checked_shape(x, y, weights, patch_size, first_pixel);
+  check_float(velocity, x.sizes(), "velocity");
+  if (y.numel() == 0) {
+    return;
   }
   args.weights = pointers(weights, args.shape.blocks);
   const at::Tensor packed = packed_weights(kernels, args.shape, args.weights);
@@ -111,32 +120,36 @@ at::Tensor pixel_decoder_forward(const at::Tensor& x, const at::Tensor& y,
       kernels.forward(args, chunk);
     }
   });
-  return velocity;
 }
 
-std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> pixel_decoder_backward(
+std::tuple<at::Tensor, std::vector<at::Tensor>> pixel_decoder_backward(
     const at::Tensor& grad_velocity, const at::Tensor& x, const at::Tensor& y,
-    const std::vector<at::Tensor>& weights, int64_t patch_size, bool need_x_grad) {
+    const std::vector<at::Tensor>& weights, int64_t patch_size, int64_t first_pixel,
+    const std::optional<at::Tensor>& grad_x) {
   const PixelDecoderKernels& kernels = selected_kernels();
   PixelDecoderBackward args{};
-  args.shape = checked_shape(x, y, weights, patch_size);
+  args.shape = checked_shape(x, y, weights, patch_size, first_pixel);
   check_float(grad_velocity, x.sizes(), "grad_velocity");
+  if (grad_x.has_value()) {
+    check_float(*grad_x, x.sizes(), "grad_x");
+  }
   const auto options = x.options();
-  at::Tensor grad_x = need_x_grad ? at::empty_like(x) : at::empty({0}, options);
+  const int64_t pixels = args.shape.pixels, channels = args.shape.channels;
   at::Tensor grad_y = at::empty_like(y);
   std::vector<at::Tensor> grads;
   grads.reserve(weights.size());
-  if (x.numel() == 0) {
+  if (y.numel() == 0) {
     for (const at::Tensor& weight : weights) {
       grads.push_back(at::zeros_like(weight));
     }
-    return {grad_x, grad_y, grads};
+    grads[1] = at::zeros({pixels, channels}, options);
+    grads[2] = at::zeros({pixels * channels}, options);
+    return {grad_y, grads};
   }
   const int64_t chunks = kernels.chunks(args.shape), segments = kernels.segments(args.shape);
   const int64_t size = kernels.gradient_size(args.shape);
-  const int64_t area = patch_size * patch_size, channels = args.shape.channels;
-  at::Tensor grad_table = at::empty({segments, area, channels}, options);
-  at::Tensor grad_upsample_bias = at::empty({segments, area * channels}, options);
+  at::Tensor grad_table = at::empty({segments, pixels, channels}, options);
+  at::Tensor grad_upsample_bias = at::empty({segments, pixels * channels}, options);
   const at::Tensor partials = at::empty({chunks, size}, options);
   const at::Tensor gradients = at::empty({size}, options);
   args.weights = pointers(weights, args.shape.blocks);
@@ -145,7 +158,7 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> pixel_decoder_backwa
   args.x = x.const_data_ptr<float>();
   args.y = y.const_data_ptr();
   args.grad_velocity = grad_velocity.const_data_ptr<float>();
-  args.grad_x = need_x_grad ? grad_x.data_ptr<float>() : nullptr;
+  args.grad_x = grad_x.has_value() ? grad_x->data_ptr<float>() : nullptr;
   args.grad_y = grad_y.data_ptr();
   args.grad_table = grad_table.data_ptr<float>();
   args.grad_upsample_bias = grad_upsample_bias.data_ptr<float>();
@@ -173,7 +186,7 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> pixel_decoder_backwa
     }
   }
   TORCH_INTERNAL_ASSERT(offset == size);
-  return {grad_x, grad_y, grads};
+  return {grad_y, grads};
 }
 
 }  // namespace deco

@@ -29,13 +29,19 @@ def packed_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, swiglu: bool
 ) -> Tensor: ...
 def pixel_decoder_forward(
-    x: Tensor, y: Tensor, weights: list[Tensor], patch_size: int
-) -> Tensor: ...
+    x: Tensor,
+    y: Tensor,
+    weights: list[Tensor],
+    patch_size: int,
+    first_pixel: int,
+    velocity: Tensor,
+) -> None: ...
 def pixel_decoder_backward(
     grad_velocity: Tensor,
     x: Tensor,
     y: Tensor,
     weights: list[Tensor],
     patch_size: int,
-    need_x_grad: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]: ...
+    first_pixel: int,
+    grad_x: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]: ...

@@ -219,15 +219,15 @@ def _nobody_looks(prediction: Tensor, target: Tensor) -> bool:
 # --- pixel_decoder ------------------------------------------------------------------------------
 # `small` lists all parameters but the two of the upsampling: pixel_embedder_weight,
 # pixel_embedder_bias, input_proj_weight, input_proj_bias, the eight of each block in the order of
-# BlockParameters, output_weight, output_bias. `y` is what the backward pass keeps beside the
-# inputs: the upsampled tokens, flat, in whatever order the implementation wrote them. `position` is
-# the kind of position features (`reference.pixel_position_features`). With
-# `keep_inputs` a GPU also keeps `block_inputs`, the residuals between blocks, in the dtype of y.
+# BlockParameters, output_weight, output_bias. `position` is the kind of position features
+# (`reference.pixel_position_features`). With `keep_y`, for the backward pass, there is `y`: the
+# upsampled tokens, flat, in whatever order the implementation wrote them. With `keep_inputs` a GPU
+# also keeps `block_inputs`, the residuals between blocks, in the dtype of y.
 
 _define(
     "pixel_decoder",
     "(Tensor x, Tensor tokens, Tensor upsample_weight, Tensor upsample_bias, Tensor[] small, "
-    "int patch_size, str position, bool keep_inputs) -> "
+    "int patch_size, str position, bool keep_y, bool keep_inputs) -> "
     "(Tensor velocity, Tensor y, Tensor block_inputs)",
     "forward",
 )
@@ -249,7 +249,10 @@ def condition_dtype(tokens: Tensor) -> torch.dtype:
 
 
 def block_inputs_shape(y: Tensor, small: Sequence[Tensor], keep_inputs: bool) -> tuple[int, ...]:
-    """Of block_inputs: (blocks - 1, pixels, C), the first block's being made from the pixels."""
+    """Of block_inputs: (blocks - 1, pixels, C), the first block's being made from the pixels.
+
+    `y` is all of it.
+    """
     if not keep_inputs or _in_cpp(y):
         return (0,)
     channels = small[3].shape[0]
@@ -269,12 +272,13 @@ def _(
     small: Sequence[Tensor],
     patch_size: int,
     position: str,
+    keep_y: bool,
     keep_inputs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, _ = tokens.shape
     y = tokens.new_empty(batch * length * upsample_bias.shape[0], dtype=condition_dtype(tokens))
     block_inputs = y.new_empty(block_inputs_shape(y, small, keep_inputs))
-    return tokens.new_empty(x.shape), y, block_inputs
+    return tokens.new_empty(x.shape), y if keep_y else y.new_empty(0), block_inputs
 
 
 @torch.library.register_fake("deco_fast::pixel_decoder_backward")
@@ -300,7 +304,7 @@ def _(
 
 
 def _decoder_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, tokens, upsample_weight, upsample_bias, small, patch_size, position, _ = inputs
+    x, tokens, upsample_weight, upsample_bias, small, patch_size, position, *_ = inputs
     _, y, block_inputs = output
     ctx.mark_non_differentiable(y, block_inputs)
     ctx.set_materialize_grads(False)
@@ -311,13 +315,13 @@ def _decoder_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 def _decoder_backward(ctx: Any, grad_velocity: Tensor | None, *_: None) -> tuple[Any, ...]:
     x, tokens, y, block_inputs, upsample_weight, upsample_bias, *small = ctx.saved_tensors
     if grad_velocity is None:
-        return None, None, None, None, [None] * len(small), None, None, None
+        return None, None, None, None, [None] * len(small), None, None, None, None
     need_x_grad = ctx.needs_input_grad[0]
     grad_x, *grads, grad_small = fused_ops.pixel_decoder_backward(
         *(grad_velocity, x, tokens, y, block_inputs, upsample_weight, upsample_bias, small),
         *(ctx.patch_size, ctx.position, need_x_grad),
     )
-    return grad_x if need_x_grad else None, *grads, grad_small, None, None, None
+    return grad_x if need_x_grad else None, *grads, grad_small, None, None, None, None
 
 
 torch.library.register_autograd(

@@ -26,18 +26,19 @@ _WIDENED_ROWS = 1024
 """As few as keep the product fast: the sums of these rows are still in a cache when rounded."""
 
 
-def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) times the transpose of b (N, K), contiguous (M, N)."""
+def matmul_nt(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a (M, K) times the transpose of b (N, K), (M, N): into `out`, or new and contiguous."""
     if a.dtype == torch.bfloat16 and not has_fast_bfloat16():
         wide = b.float()
-        result = a.new_empty(a.shape[0], b.shape[0])
+        result = a.new_empty(a.shape[0], b.shape[0]) if out is None else out
         for rows, out in zip(a.split(_WIDENED_ROWS), result.split(_WIDENED_ROWS), strict=True):
             out.copy_(matmul_nt(rows.float(), wide))
         return result
     # oneDNN has no product of no columns, which is the gradient for an empty batch.
     if a.dtype == torch.float32 and a.shape[1] > 0 and _prefers_onednn():
-        return onednn_matmul_nt(a, b)
-    return F.linear(a, b)
+        result = onednn_matmul_nt(a, b)
+        return result if out is None else out.copy_(result)
+    return F.linear(a, b) if out is None else torch.mm(a, b.T, out=out)
 
 
 def onednn_matmul_nt(a: Tensor, b: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
 """The pixel decoder on a CPU: the library's product, then csrc/pixel_decoder.cpp on its result.
 
-The condition is kept as (p²·C, N), N the number of tokens: the kernel's vectors hold neighbouring
-tokens at one place of their patches.
+The condition is made as (p²·C, N), N the number of tokens: the kernel's vectors hold neighbouring
+tokens at one place of their patches. It is the largest tensor by far, and only for the backward
+pass all of it is kept: otherwise, and of its gradient, only the part of some pixels of each patch
+exists at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from deco_fast import _C
@@ -20,6 +23,10 @@ from deco_fast.kernels.registration import condition_dtype
 
 _INPUT_PROJECTIONS = 4  # tensors of `small` that fold into one affine map
 
+_SHARE_BYTES = 16 * 2**20
+"""Of the condition at a time: a quarter of it costs 5% of the time, for products are less efficient
+the smaller they are."""
+
 
 def forward(
     x: Tensor,
@@ -29,14 +36,20 @@ def forward(
     small: Sequence[Tensor],
     patch_size: int,
     position: str,
+    keep_y: bool,
     keep_inputs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `deco_fast.kernels.registration`."""
     dtype = condition_dtype(tokens)
     rows = tokens.flatten(0, 1).to(dtype)
-    y = matmul_nt(upsample_weight.to(dtype), rows)
+    weight = upsample_weight.to(dtype)
     weights = _kernel_weights(upsample_bias, small, patch_size, position)
-    velocity = _C.pixel_decoder_forward(x.float().contiguous(), y, weights, patch_size)
+    x = x.float().contiguous()
+    velocity = torch.empty_like(x)
+    y = rows.new_empty(weight.shape[0] if keep_y else 0, rows.shape[0])
+    for pixels, channels in _shares(rows, weight, patch_size):
+        part = matmul_nt(weight[channels], rows, out=y[channels] if keep_y else None)
+        _C.pixel_decoder_forward(x, part, weights, patch_size, pixels.start, velocity)
     return velocity.to(tokens.dtype), y.view(-1), y.new_empty(0)
 
 
@@ -56,20 +69,28 @@ def backward(
     """See `deco_fast.kernels.registration`."""
     dtype = y.dtype
     rows = tokens.flatten(0, 1).to(dtype)
-    grad_x, grad_y, (grad_rgb_weight, grad_table, grad_upsample_bias, *grad_rest) = (
-        _C.pixel_decoder_backward(
-            grad_velocity.float().contiguous(),
-            x.float().contiguous(),
-            y.view(upsample_bias.shape[0], rows.shape[0]),
-            _kernel_weights(upsample_bias, small, patch_size, position),
-            patch_size,
-            need_x_grad,
+    weight = upsample_weight.to(dtype)
+    weights = _kernel_weights(upsample_bias, small, patch_size, position)
+    x32, grad_velocity = x.float().contiguous(), grad_velocity.float().contiguous()
+    y = y.view(weight.shape[0], rows.shape[0])
+    grad_x = torch.empty_like(x32) if need_x_grad else None
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    grad_tokens = rows.new_zeros((), dtype=torch.float32)
+    grad_tables, grad_biases, sums = [], [], list[Tensor]()
+    for pixels, channels in _shares(rows, weight, patch_size):
+        grad_y, (grad_rgb_weight, grad_table, grad_bias, *grad_rest) = _C.pixel_decoder_backward(
+            grad_velocity, x32, y[channels], weights, patch_size, pixels.start, grad_x
         )
-    )
-    grad_tokens = matmul_nt(grad_y.T, upsample_weight.to(dtype).T)
-    grad_upsample_weight = matmul_nt(grad_y, rows.T)
+        grad_tables.append(grad_table)
+        grad_biases.append(grad_bias)
+        parts = [grad_rgb_weight, *grad_rest]
+        sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+        grad_tokens = grad_tokens + matmul_nt(grad_y.T, weight[channels].T)
+        matmul_nt(grad_y, rows.T, out=grad_weight[channels])
+    grad_rgb_weight, *grad_rest = sums
     grad_input = fold_input_projections_backward(
-        grad_rgb_weight, grad_table, small[:_INPUT_PROJECTIONS], patch_size, position
+        *(grad_rgb_weight, torch.cat(grad_tables), small[:_INPUT_PROJECTIONS]),
+        *(patch_size, position),
     )
     # The kernel's gradients of the small tensors are pieces of one tensor: each becomes its own.
     grad_small = [
@@ -77,12 +98,23 @@ def backward(
         for grad, tensor in zip([*grad_input, *grad_rest], small, strict=True)
     ]
     return (
-        grad_x.to(x.dtype),
+        x.new_empty(0) if grad_x is None else grad_x.to(x.dtype),
         grad_tokens.to(tokens.dtype).view(tokens.shape),
-        grad_upsample_weight.to(upsample_weight.dtype),
-        grad_upsample_bias.to(upsample_bias.dtype),
+        grad_weight.to(upsample_weight.dtype),
+        torch.cat(grad_biases).to(upsample_bias.dtype),
         grad_small,
     )
+
+
+def _shares(rows: Tensor, weight: Tensor, patch_size: int) -> Iterator[tuple[slice, slice]]:
+    """Pixels of each patch that are taken at a time, and their channels in y."""
+    area = patch_size**2
+    channels = weight.shape[0] // area
+    pixel_bytes = max(1, channels * rows.shape[0] * rows.element_size())
+    count = max(1, _SHARE_BYTES // pixel_bytes)
+    for first in range(0, area, count):
+        end = min(first + count, area)
+        yield slice(first, end), slice(first * channels, end * channels)
 
 
 def _kernel_weights(

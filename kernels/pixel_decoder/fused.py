@@ -91,6 +91,6 @@ def pixel_decoder(
         return reference.pixel_decoder(x, tokens, parameters, patch_size, position)
     velocity, _, _ = fused_ops.pixel_decoder(
         *(x, tokens, p.upsample_weight, p.upsample_bias, small, patch_size),
-        *(position, trained and keeps_block_inputs()),
+        *(position, trained, trained and keeps_block_inputs()),
     )
     return velocity

@@ -183,6 +183,7 @@ def forward(
     small: Sequence[Tensor],
     patch_size: int,
     position: str,
+    keep_y: bool,
     keep_inputs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `deco_fast.kernels.registration`.
@@ -208,7 +209,7 @@ def forward(
         kept = ", keeping inputs" if inputs.numel() > 0 else ""
         tile = shape.forward_tile(_capability(x.device))
         run(_choose(f"forward{kept}", shape, x, tile, run))
-    return velocity, y, inputs
+    return velocity, y if keep_y else y.new_empty(0), inputs
 
 
 def _choose(

@@ -160,6 +160,49 @@ def test_axial_position_features() -> None:
     assert relative_error(product.cpp()[0], results[0].double()) > 0.01
 
 
+class TestShares:
+    """Some pixels of each patch at a time."""
+
+    @pytest.mark.usefixtures("instruction_set")
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("pixels", [1, 3, 15])
+    def test_many_shares_and_a_last_one_that_is_smaller(
+        self, pixels: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from deco_fast.kernels.pixel_decoder import cpu
+
+        shape = Shape(32, 2, 4, 2, 3, 7)
+        case = Case(shape, dtype)
+        tokens = shape.batch * shape.rows * shape.columns
+        share = pixels * shape.channels * tokens * dtype.itemsize
+        monkeypatch.setattr(cpu, "_SHARE_BYTES", share)
+        for result, expected in zip(case.cpp(), case.expected(), strict=True):
+            assert relative_error(result, expected) < TOLERANCE[dtype]
+
+    def test_without_gradients_no_more_than_a_share_exists(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from deco_fast.kernels.pixel_decoder import cpu
+
+        case = Case(Shape(32, 1, 8, 1, 4, 4), torch.float32)
+        expected = case.cpp()[0]
+        multiply, made = cpu.matmul_nt, list[int]()
+
+        def watched(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+            assert out is None
+            made.append(len(a))
+            return multiply(a, b)
+
+        monkeypatch.setattr(cpu, "matmul_nt", watched)
+        monkeypatch.setattr(cpu, "_SHARE_BYTES", 5 * 32 * 16 * 4)
+        with ops.use_backend("cpp"), torch.no_grad():
+            velocity = ops.pixel_decoder(
+                *case.inputs[:2], case.parameters(case.inputs), case.patch_size
+            )
+        assert relative_error(velocity, expected.double()) < 1e-6
+        assert made == [5 * 32] * 12 + [4 * 32]
+
+
 def test_long_sums_stay_exact() -> None:
     """Each weight gradient adds up 131,072 pixels."""
     case = Case(Shape(16, 1, 32, 2, 8, 8), torch.float32)
@@ -181,11 +224,11 @@ def test_the_number_of_threads_changes_no_bit(
     case = Case(shape, dtype)
     multiply = cpu.matmul_nt
 
-    def by_one_thread(a: Tensor, b: Tensor) -> Tensor:
+    def by_one_thread(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         # The library's products may differ by the number of threads, and are not ours.
         count = torch.get_num_threads()
         torch.set_num_threads(1)
-        result = multiply(a, b)
+        result = multiply(a, b, out)
         torch.set_num_threads(count)
         return result
 

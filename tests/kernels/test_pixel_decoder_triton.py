@@ -70,7 +70,7 @@ class Case:
         """The velocity, and what the backward pass is to be given of the forward pass."""
         velocity, *kept = gpu.forward(
             *(self.x, self.tokens, *self.upsample, self.small),
-            *(self.patch_size, self.position, keep_inputs),
+            *(self.patch_size, self.position, True, keep_inputs),
         )
         return velocity, kept
 
@@ -213,14 +213,25 @@ class TestBehaviour:
         case = Case(16, 2, 2, 1, 3, 5, dtype)
         arguments = (
             *(case.x, case.tokens, *case.upsample, case.small),
-            *(case.patch_size, case.position, keep_inputs),
+            *(case.patch_size, case.position, True, keep_inputs),
         )
         torch.library.opcheck(fused_ops.pixel_decoder, arguments)
         velocity, *kept = fused_ops.pixel_decoder(*arguments)
         torch.library.opcheck(
             fused_ops.pixel_decoder_backward,
-            (velocity, case.x, case.tokens, *kept, *arguments[2:-1], True),
+            (velocity, case.x, case.tokens, *kept, *arguments[2:-2], True),
         )
+
+    def test_without_a_backward_pass_nothing_is_kept(self) -> None:
+        case = Case(16, 2, 2, 1, 3, 5, DTYPES[0])
+        arguments = (
+            *(case.x, case.tokens, *case.upsample, case.small),
+            *(case.patch_size, case.position, False, False),
+        )
+        torch.library.opcheck(fused_ops.pixel_decoder, arguments)
+        velocity, *kept = fused_ops.pixel_decoder(*arguments)
+        assert torch.equal(velocity, case.forward(keep_inputs=False)[0])
+        assert [tensor.numel() for tensor in kept] == [0, 0]
 
     def test_the_same_bits_at_every_run(self) -> None:
         case = Case(16, 2, 4, 1, 3, 5, torch.float16)

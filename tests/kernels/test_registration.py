@@ -70,9 +70,19 @@ def loss_arguments(dtype: torch.dtype, with_gradient: bool) -> tuple[Any, ...]:
     return image(dtype), image(), frequency_table(), 0.7, weight, with_gradient
 
 
-def decoder_arguments(dtype: torch.dtype) -> tuple[Any, ...]:
+def decoder_arguments(dtype: torch.dtype, keep_y: bool = True) -> tuple[Any, ...]:
     upsample_weight, upsample_bias, *small = flat(parameters())
-    return image(), tokens(dtype), upsample_weight, upsample_bias, small, PATCH, "product", True
+    return (
+        image(),
+        tokens(dtype),
+        upsample_weight,
+        upsample_bias,
+        small,
+        PATCH,
+        "product",
+        keep_y,
+        True,
+    )
 
 
 def detached(argument: Any) -> Any:
@@ -100,11 +110,17 @@ class TestOpcheck:
     def test_decoder(self, dtype: torch.dtype) -> None:
         torch.library.opcheck(fused_ops.pixel_decoder, decoder_arguments(dtype))
 
+    def test_decoder_without_gradient(self) -> None:
+        arguments = [detached(a) for a in decoder_arguments(torch.float32, keep_y=False)]
+        torch.library.opcheck(fused_ops.pixel_decoder, tuple(arguments))
+        _, y, _ = fused_ops.pixel_decoder(*arguments)
+        assert y.numel() == 0
+
     @pytest.mark.parametrize("need_x_grad", [False, True])
     def test_decoder_backward(self, need_x_grad: bool) -> None:
         arguments = [detached(argument) for argument in decoder_arguments(torch.bfloat16)]
         velocity, *kept = fused_ops.pixel_decoder(*arguments)
-        x, condition, *parameters, patch_size, position, _ = arguments
+        x, condition, *parameters, patch_size, position, _, _ = arguments
         torch.library.opcheck(
             fused_ops.pixel_decoder_backward,
             (velocity, x, condition, *kept, *parameters, patch_size, position, need_x_grad),
