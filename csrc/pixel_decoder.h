@@ -63,7 +63,7 @@ struct PixelDecoderForward {
   PixelDecoderWeights weights;
   const void* packed;  // what `pack` wrote
   const float* x;      // (B, 3, H, W)
-  const void* y;       // (P·C, N) = upsample_weight · tokensᵀ of the call's pixels, without its bias
+  const void* y;       // (P·C, N) = upsample_weight · tokensᵀ of these pixels, without its bias
   float* velocity;     // (B, 3, H, W), of which the call's pixels are written
 };
 

@@ -46,8 +46,8 @@ PixelDecoderShape checked_shape(const at::Tensor& x, const at::Tensor& y,
   shape.pixels = y.size(0) / c;
   TORCH_CHECK_VALUE(0 <= first_pixel && first_pixel <= area - shape.pixels,
                     "the pixels of y must be of a patch");
-  check(y, {shape.pixels * c, shape.batch * (shape.height / patch_size) * (shape.width / patch_size)},
-        "y");
+  const int64_t tokens = shape.batch * (shape.height / patch_size) * (shape.width / patch_size);
+  check(y, {shape.pixels * c, tokens}, "y");
   auto weight = weights.begin();
   const auto next = [&weight](at::IntArrayRef sizes, const char* name) {
     check_float(*weight++, sizes, name);
@@ -122,20 +122,21 @@ void pixel_decoder_forward(const at::Tensor& x, const at::Tensor& y,
   });
 }
 
-std::tuple<at::Tensor, std::vector<at::Tensor>> pixel_decoder_backward(
+std::vector<at::Tensor> pixel_decoder_backward(
     const at::Tensor& grad_velocity, const at::Tensor& x, const at::Tensor& y,
     const std::vector<at::Tensor>& weights, int64_t patch_size, int64_t first_pixel,
-    const std::optional<at::Tensor>& grad_x) {
+    const at::Tensor& grad_y, const std::optional<at::Tensor>& grad_x) {
   const PixelDecoderKernels& kernels = selected_kernels();
   PixelDecoderBackward args{};
   args.shape = checked_shape(x, y, weights, patch_size, first_pixel);
   check_float(grad_velocity, x.sizes(), "grad_velocity");
+  check(grad_y, y.sizes(), "grad_y");
+  TORCH_CHECK_VALUE(grad_y.scalar_type() == y.scalar_type(), "grad_y must have the dtype of y");
   if (grad_x.has_value()) {
     check_float(*grad_x, x.sizes(), "grad_x");
   }
   const auto options = x.options();
   const int64_t pixels = args.shape.pixels, channels = args.shape.channels;
-  at::Tensor grad_y = at::empty_like(y);
   std::vector<at::Tensor> grads;
   grads.reserve(weights.size());
   if (y.numel() == 0) {
@@ -144,7 +145,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> pixel_decoder_backward(
     }
     grads[1] = at::zeros({pixels, channels}, options);
     grads[2] = at::zeros({pixels * channels}, options);
-    return {grad_y, grads};
+    return grads;
   }
   const int64_t chunks = kernels.chunks(args.shape), segments = kernels.segments(args.shape);
   const int64_t size = kernels.gradient_size(args.shape);
@@ -186,7 +187,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> pixel_decoder_backward(
     }
   }
   TORCH_INTERNAL_ASSERT(offset == size);
-  return {grad_y, grads};
+  return grads;
 }
 
 }  // namespace deco

@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <tuple>
 #include <vector>
 
 namespace deco {
@@ -18,12 +17,12 @@ void pixel_decoder_forward(const at::Tensor& x, const at::Tensor& y,
                            const std::vector<at::Tensor>& weights, int64_t patch_size,
                            int64_t first_pixel, const at::Tensor& velocity);
 
-// The gradients of y in its dtype and of the weights, these in float32: of the table (P, C) and of
-// the bias (P·C). That of x goes into `grad_x`, of which these pixels are written, where there is
-// one.
-std::tuple<at::Tensor, std::vector<at::Tensor>> pixel_decoder_backward(
+// The gradients of the weights, in float32: of the table (P, C), of the bias (P·C). That of y goes
+// into `grad_y`, which is as y, and that of x into `grad_x`, of which these pixels are written,
+// where there is one.
+std::vector<at::Tensor> pixel_decoder_backward(
     const at::Tensor& grad_velocity, const at::Tensor& x, const at::Tensor& y,
     const std::vector<at::Tensor>& weights, int64_t patch_size, int64_t first_pixel,
-    const std::optional<at::Tensor>& grad_x);
+    const at::Tensor& grad_y, const std::optional<at::Tensor>& grad_x);
 
 }  // namespace deco

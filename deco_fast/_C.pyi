@@ -43,5 +43,6 @@ def pixel_decoder_backward(
     weights: list[Tensor],
     patch_size: int,
     first_pixel: int,
+    grad_y: Tensor,
     grad_x: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]: ...
+) -> list[Tensor]: ...
