@@ -259,6 +259,22 @@ class TestNpzFile:
             assert file.pending(range(10)) == pending
             file.write(range(4), pictures()[:4])
 
+    def test_settings_of_others_in_the_partial_folder_stay(self, tmp_path: Path) -> None:
+        write_npz(tmp_path / "a.npz", [list(range(10))])
+        (tmp_path / "a.npz.partial").mkdir()
+        (tmp_path / "a.npz.partial" / "settings.json").write_text('{"theme": "dark"}')
+        before = listing(tmp_path)
+        with pytest.raises(UserError, match="holds no settings of ours"):
+            npz_file(tmp_path / "a.npz", seed=1).open(overwrite=True)
+        assert listing(tmp_path) == before
+
+    def test_the_partial_folder_may_be_a_link(self, tmp_path: Path) -> None:
+        (tmp_path / "large-disk").mkdir()
+        (tmp_path / "a.npz.partial").symlink_to(tmp_path / "large-disk")
+        write_npz(tmp_path / "a.npz", [list(range(10))])
+        assert npz_file(tmp_path / "a.npz").finished
+        assert not list((tmp_path / "large-disk").iterdir())
+
     @pytest.mark.parametrize("finished", [False, True])
     def test_files_of_others_in_the_partial_folder_stay(
         self, tmp_path: Path, finished: bool

@@ -13,7 +13,7 @@ import reprlib
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -182,8 +182,13 @@ class NpzFile:
             UserError: it cannot be written, or there are images of other settings, or, with
                 `overwrite` too, files in FILE.partial that are not ours.
         """
-        if overwrite and (foreign := self._foreign()):
-            raise UserError(f"{foreign[0]} is not ours: delete it, or choose another --npz")
+        stored = self.partial / SETTINGS_FILE
+        if overwrite:
+            # Before anything is deleted.
+            if foreign := self._foreign():
+                raise UserError(f"{foreign[0]} is not ours: delete it, or choose another --npz")
+            if stored.exists():
+                read_settings(stored)
         if self.finished:
             if overwrite:
                 with writing(self.path):
@@ -191,7 +196,6 @@ class NpzFile:
             else:
                 self._refuse_other(read_settings(self.path), self.path)
                 return
-        stored = self.partial / SETTINGS_FILE
         if self.partial.is_dir() and any(self.partial.iterdir()):
             if not overwrite:
                 self._refuse_other(read_settings(stored), self.partial)
@@ -252,8 +256,7 @@ class NpzFile:
                 "or --overwrite it"
             )
         # Within the partial folder, which is deleted whole: a killed program leaves nothing behind.
-        for leftover in self.partial.glob(".*.tmp-*"):
-            leftover.unlink(missing_ok=True)
+        remove_temporaries(self.partial)
         whole = self.partial / _WHOLE
         with atomic_file(whole) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             with _member(archive, "arr_0.npy") as member:
@@ -269,8 +272,9 @@ class NpzFile:
                 member.write(json.dumps(self.settings).encode())
         with writing(self.path):
             whole.replace(self.path)
-        self._empty_partial()
-        if not self._foreign():
+        # The images are safe, whatever becomes of the folder; it stays where there is more in it.
+        with suppress(UserError, OSError):
+            self._empty_partial()
             self.partial.rmdir()
 
     def _foreign(self) -> list[Path]:
@@ -280,7 +284,7 @@ class NpzFile:
         return sorted(
             file
             for file in self.partial.iterdir()
-            if not re.fullmatch(_PARTS, file.name) and not is_leftover(file)
+            if file.is_dir() or not (re.fullmatch(_PARTS, file.name) or is_leftover(file))
         )
 
     def _empty_partial(self) -> None:

@@ -77,7 +77,7 @@ def backward(
     y = y.view(weight.shape[0], rows.shape[0])
     grad_x = torch.empty_like(x32) if need_x_grad else None
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    grad_tokens = rows.new_zeros((), dtype=torch.float32)
+    grad_tokens = torch.zeros(rows.shape, dtype=torch.float32)  # a sum over the shares
     grad_tables, grad_biases, sums = [], [], list[Tensor]()
     shares = _shares(rows, weight, patch_size)
     scratch = y.new_empty(_largest(shares), rows.shape[0])
@@ -90,7 +90,7 @@ def backward(
         grad_biases.append(grad_bias)
         parts = [grad_rgb_weight, *grad_rest]
         sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
-        grad_tokens = grad_tokens + matmul_nt(grad_y.T, weight[channels].T)
+        grad_tokens += matmul_nt(grad_y.T, weight[channels].T)
         matmul_nt(grad_y, rows.T, out=grad_weight[channels])
     grad_rgb_weight, *grad_rest = sums
     grad_input = fold_input_projections_backward(

@@ -179,6 +179,16 @@ class TestShares:
         for result, expected in zip(case.cpp(), case.expected(), strict=True):
             assert relative_error(result, expected) < TOLERANCE[dtype]
 
+    def test_the_sum_over_shares_is_not_rounded_at_each(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from deco_fast.kernels.pixel_decoder import cpu
+
+        case = Case(Shape(32, 1, 16, 1, 4, 4), torch.bfloat16)
+        monkeypatch.setattr(cpu, "_SHARE_BYTES", 1)  # 256 shares of a pixel
+        grad_tokens, expected = case.cpp()[2], case.expected()[2]
+        assert relative_error(grad_tokens, expected) < 5e-3
+
     def test_without_gradients_no_more_than_a_share_exists(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
