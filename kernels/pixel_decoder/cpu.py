@@ -47,11 +47,12 @@ def forward(
     x = x.float().contiguous()
     velocity = torch.empty_like(x)
     shares = _shares(rows, weight, patch_size)
-    y = rows.new_empty(weight.shape[0] if keep_y else _largest(shares), rows.shape[0])
-    for pixels, channels in shares:
-        part = y[channels] if keep_y else y[: _size(channels)]
+    # The first share is the largest.
+    y = rows.new_empty(len(weight if keep_y else weight[shares[0][1]]), rows.shape[0])
+    for first_pixel, channels in shares:
+        part = y[channels] if keep_y else y[: len(weight[channels])]
         matmul_nt(weight[channels], rows, out=part)
-        _C.pixel_decoder_forward(x, part, weights, patch_size, pixels.start, velocity)
+        _C.pixel_decoder_forward(x, part, weights, patch_size, first_pixel, velocity)
     return velocity.to(tokens.dtype), y.view(-1) if keep_y else y.new_empty(0), y.new_empty(0)
 
 
@@ -80,11 +81,11 @@ def backward(
     grad_tokens = torch.zeros(rows.shape, dtype=torch.float32)  # a sum over the shares
     grad_tables, grad_biases, sums = [], [], list[Tensor]()
     shares = _shares(rows, weight, patch_size)
-    scratch = y.new_empty(_largest(shares), rows.shape[0])
-    for pixels, channels in shares:
-        grad_y = scratch[: _size(channels)]
+    scratch = torch.empty_like(y[shares[0][1]])
+    for first_pixel, channels in shares:
+        grad_y = scratch[: len(weight[channels])]
         grad_rgb_weight, grad_table, grad_bias, *grad_rest = _C.pixel_decoder_backward(
-            *(grad_velocity, x32, y[channels], weights, patch_size, pixels.start, grad_y, grad_x)
+            *(grad_velocity, x32, y[channels], weights, patch_size, first_pixel, grad_y, grad_x)
         )
         grad_tables.append(grad_table)
         grad_biases.append(grad_bias)
@@ -111,24 +112,16 @@ def backward(
     )
 
 
-def _shares(rows: Tensor, weight: Tensor, patch_size: int) -> list[tuple[slice, slice]]:
-    """Pixels of each patch to take at a time, and their channels in y; the last may be fewer."""
+def _shares(rows: Tensor, weight: Tensor, patch_size: int) -> list[tuple[int, slice]]:
+    """Of the pixels of each patch to take at a time: the first, and their channels in y."""
     area = patch_size**2
     channels = weight.shape[0] // area
     pixel_bytes = max(1, channels * rows.shape[0] * rows.element_size())
     count = max(1, _SHARE_BYTES // pixel_bytes)
-    pixels = [slice(first, min(first + count, area)) for first in range(0, area, count)]
-    return [(some, slice(some.start * channels, some.stop * channels)) for some in pixels]
-
-
-def _size(channels: slice) -> int:
-    size: int = channels.stop - channels.start
-    return size
-
-
-def _largest(shares: list[tuple[slice, slice]]) -> int:
-    """Channels of the largest share, for which there must be memory."""
-    return _size(shares[0][1])
+    return [
+        (first, slice(first * channels, min(first + count, area) * channels))
+        for first in range(0, area, count)
+    ]
 
 
 def _kernel_weights(
