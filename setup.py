@@ -42,7 +42,12 @@ def _give_up(reason: object) -> None:
 # The kernels are compiled once for each of these, into the namespace of that name (the macro
 # DECO_NAMESPACE), and csrc/instruction_set.cpp picks one at run time. They include no header of
 # torch: the linker might keep the AVX-512 copy of an inline function for everybody.
-_KERNELS = ["csrc/flow_matching_loss.cpp", "csrc/packed_linear.cpp", "csrc/pixel_decoder.cpp"]
+_KERNELS = [
+    "csrc/flow_matching_loss.cpp",
+    "csrc/matmul.cpp",
+    "csrc/packed_linear.cpp",
+    "csrc/pixel_decoder.cpp",
+]
 # Vectors never cross the border of a compiled file, so how they would be passed does not matter.
 _KERNEL_FLAGS = [*_FLAGS, "-std=c++20", "-fopenmp-simd", "-Wno-psabi"]
 _AVX2 = ["-mavx2", "-mfma"]
@@ -108,6 +113,7 @@ def _extension() -> dict[str, object]:
             "csrc/extension.cpp",
             "csrc/flow_matching_loss_op.cpp",
             "csrc/instruction_set.cpp",
+            "csrc/matmul_op.cpp",
             "csrc/packed_linear_op.cpp",
             "csrc/pixel_decoder_op.cpp",
         ],

@@ -5,6 +5,7 @@
 
 #include "flow_matching_loss_op.h"
 #include "instruction_set.h"
+#include "matmul_op.h"
 #include "packed_linear_op.h"
 #include "pixel_decoder_op.h"
 
@@ -29,6 +30,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   define("flow_matching_loss", &deco::flow_matching_loss, "See flow_matching_loss_op.h.");
   define("flow_matching_loss_forward", &deco::flow_matching_loss_forward,
          "See flow_matching_loss_op.h.");
+  define("matmul", &deco::matmul, "See matmul_op.h.");
+  define("prefers_matmul", &deco::prefers_matmul, "See matmul_op.h.");
   define("has_block_products", &deco::has_block_products, "See packed_linear_op.h.");
   define("pack_weight", &deco::pack_weight, "See packed_linear_op.h.");
   define("packed_linear", &deco::packed_linear, "See packed_linear_op.h.");

@@ -68,10 +68,19 @@ InstructionSet detect_instruction_set() {
 #endif
 }
 
+bool is_made_by_intel() {
+#if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 bool has_fast_bfloat16() {
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
   return has_matrix_unit() || (detect_instruction_set() == InstructionSet::avx512_bf16 &&
-                               !__builtin_cpu_is("intel"));
+                               !is_made_by_intel());
 #else
   return true;
 #endif

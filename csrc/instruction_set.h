@@ -23,6 +23,8 @@ bool has_fast_bfloat16();
 // Whether three products of bfloat16 are faster here than one of float32.
 bool has_matrix_unit();
 
+bool is_made_by_intel();
+
 // The one that the kernels use: the fastest here, or the one that DECO_ISA names.
 // Throws std::invalid_argument if DECO_ISA names none or one that this CPU lacks.
 InstructionSet selected_instruction_set();

@@ -90,11 +90,7 @@ struct BFloat16Operand {
     return load(reinterpret_cast<const float*>(rows + 2 * (k * columns + v * kLanes)));
   }
   DECO_INLINE static void accumulate(Vector& sum, const Scalar* left, Vector right) {
-    int32_t pair;
-    __builtin_memcpy(&pair, left, sizeof pair);
-    sum = reinterpret_cast<Vector>(
-        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), bits_of<__m512bh>(_mm512_set1_epi32(pair)),
-                         bits_of<__m512bh>(right)));
+    sum = add_products_of_pairs(sum, left, right);
   }
 };
 #else

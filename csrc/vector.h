@@ -79,6 +79,17 @@ DECO_INLINE void store(BFloat16* to, Vector v) {
   __builtin_memcpy(to, &half, sizeof half);
 }
 
+#ifdef __AVX512BF16__
+// sum + even · even' + odd · odd', of a pair of bfloat16 with the pairs in the lanes of `right`.
+DECO_INLINE Vector add_products_of_pairs(Vector sum, const void* left, Vector right) {
+  int32_t pair;
+  __builtin_memcpy(&pair, left, sizeof pair);
+  return reinterpret_cast<Vector>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                   bits_of<__m512bh>(_mm512_set1_epi32(pair)),
+                                                   bits_of<__m512bh>(right)));
+}
+#endif
+
 // e^x for x in [-87.3, 88.3], clamped to it, within 2 units in the last place.
 DECO_INLINE Vector exp(Vector x) {
   x = x < -87.3f ? broadcast(-87.3f) : x;

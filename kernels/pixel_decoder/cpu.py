@@ -1,4 +1,4 @@
-"""The pixel decoder on a CPU: the library's product, then csrc/pixel_decoder.cpp on its result.
+"""The pixel decoder on a CPU: a large product, then csrc/pixel_decoder.cpp on its result.
 
 The condition is made as (p²·C, N), N the number of tokens: the kernel's vectors hold neighbouring
 tokens at one place of their patches. It is the largest tensor by far, and only for the backward
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deco_fast import _C
-from deco_fast.kernels.linear_upsample.cpu import matmul_nt
+from deco_fast.kernels.matmul.cpu import matmul
 from deco_fast.kernels.pixel_decoder.folding import (
     fold_input_projections,
     fold_input_projections_backward,
@@ -51,7 +51,7 @@ def forward(
     y = rows.new_empty(len(weight if keep_y else weight[shares[0][1]]), rows.shape[0])
     for first_pixel, channels in shares:
         part = y[channels] if keep_y else y[: len(weight[channels])]
-        matmul_nt(weight[channels], rows, out=part)
+        matmul(weight[channels], rows.T, part)
         _C.pixel_decoder_forward(x, part, weights, patch_size, first_pixel, velocity)
     return velocity.to(tokens.dtype), y.view(-1) if keep_y else y.new_empty(0), y.new_empty(0)
 
@@ -91,8 +91,8 @@ def backward(
         grad_biases.append(grad_bias)
         parts = [grad_rgb_weight, *grad_rest]
         sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
-        grad_tokens += matmul_nt(grad_y.T, weight[channels].T)
-        matmul_nt(grad_y, rows.T, out=grad_weight[channels])
+        matmul(grad_y.T, weight[channels], grad_tokens, add=True)
+        matmul(grad_y, rows, grad_weight[channels])
     grad_rgb_weight, *grad_rest = sums
     grad_input = fold_input_projections_backward(
         *(grad_rgb_weight, torch.cat(grad_tables), small[:_INPUT_PROJECTIONS]),

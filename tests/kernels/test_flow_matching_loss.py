@@ -19,7 +19,6 @@ pytestmark = pytest.mark.skipif(
     reason=f"the C++ backend is not available: {registry.extension_problem()}",
 )
 
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 WEIGHT = 0.7
 
 # Whole tiles and not, sides under a block, and paddings that reach into the block before.
@@ -33,17 +32,6 @@ SIZES = [
 def _cpp() -> Iterator[None]:
     with ops.use_backend("cpp"):
         yield
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    from deco_fast import _C
-
-    monkeypatch.setenv("DECO_ISA", request.param)
-    try:
-        return _C.instruction_set()
-    except ValueError as error:
-        pytest.skip(str(error))
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:

@@ -29,24 +29,6 @@ TOKEN_WIDTH = 24
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 1e-2}
 
 
-def available(instruction_set: str) -> bool:
-    from deco_fast import _C
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DECO_ISA", instruction_set)
-        try:
-            return _C.instruction_set() == instruction_set
-        except ValueError:
-            return False
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not available(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    monkeypatch.setenv("DECO_ISA", request.param)
-
-
 @pytest.fixture(autouse=True)
 def _uninitialised_memory_is_nan() -> Iterator[None]:
     torch.manual_seed(0)
@@ -196,14 +178,14 @@ class TestShares:
 
         case = Case(Shape(32, 1, 8, 1, 4, 4), torch.float32)
         expected = case.cpp()[0]
-        multiply, made = cpu.matmul_nt, list[int]()
+        multiply, made = cpu.matmul, list[int]()
 
-        def watched(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        def watched(a: Tensor, b: Tensor, out: Tensor) -> None:
             made.append(len(a))
-            assert out is not None and out.untyped_storage().nbytes() == 5 * 32 * 16 * 4
-            return multiply(a, b, out)
+            assert out.untyped_storage().nbytes() == 5 * 32 * 16 * 4
+            multiply(a, b, out)
 
-        monkeypatch.setattr(cpu, "matmul_nt", watched)
+        monkeypatch.setattr(cpu, "matmul", watched)
         monkeypatch.setattr(cpu, "_SHARE_BYTES", 5 * 32 * 16 * 4)
         with ops.use_backend("cpp"), torch.no_grad():
             velocity = ops.pixel_decoder(
@@ -229,20 +211,11 @@ def test_long_sums_stay_exact() -> None:
 def test_the_number_of_threads_changes_no_bit(
     shape: Shape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deco_fast.kernels.pixel_decoder import cpu
+    from deco_fast import _C
 
+    # The library's products may differ by the number of threads, and are not ours.
+    monkeypatch.setattr(_C, "prefers_matmul", lambda a: True)
     case = Case(shape, dtype)
-    multiply = cpu.matmul_nt
-
-    def by_one_thread(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-        # The library's products may differ by the number of threads, and are not ours.
-        count = torch.get_num_threads()
-        torch.set_num_threads(1)
-        result = multiply(a, b, out)
-        torch.set_num_threads(count)
-        return result
-
-    monkeypatch.setattr(cpu, "matmul_nt", by_one_thread)
     threads = torch.get_num_threads()
     try:
         results = []
