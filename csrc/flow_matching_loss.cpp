@@ -1,6 +1,7 @@
 #include "flow_matching_loss.h"
 
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "vector.h"
@@ -349,18 +350,20 @@ float sum_of(const Row& row) {
   return sum;
 }
 
-constexpr int kToRead = 0, kToWrite = 1;
+// Three groups before they are needed, into the second cache: the first has too few places for what
+// is under way.
+constexpr int kAhead = 3 * kRow;
 
-template <int use, class T>
-DECO_INLINE void prefetch_next(T* place) {
-  constexpr int kCacheLine = 64;
-  __builtin_prefetch(place + kCacheLine / sizeof(T), use);
+template <class T>
+DECO_INLINE void prefetch(T* place) {
+  constexpr int kToWrite = !std::is_const_v<T>, kSecondCache = 2;
+  __builtin_prefetch(place, kToWrite, kSecondCache);
 }
 
-// A tile of whole groups, straight from memory to memory.
+// A tile of whole groups, straight from memory to memory. The next tile is `to_next` elements away.
 template <bool with_gradient, class Prediction, class Target>
 void run_whole(const FlowMatchingLoss& loss, const Tile& tile, const Weights& weights,
-               const Scales& scales, double* partials) {
+               const Scales& scales, int64_t to_next, double* partials) {
   const int64_t first = offset_of(loss, tile, 0, 0);
   const int64_t plane = loss.height * loss.width;
   Sums sums;
@@ -368,18 +371,20 @@ void run_whole(const FlowMatchingLoss& loss, const Tile& tile, const Weights& we
     const auto* prediction = static_cast<const Prediction*>(loss.prediction) + first + left;
     const auto* target = static_cast<const Target*>(loss.target) + first + left;
     auto* gradient = static_cast<Prediction*>(loss.gradient) + first + left;
+    // The processor follows too few of the 72 rows by itself, and none of them to the next tile.
+    const int64_t ahead =
+        left + kAhead < tile.columns ? kAhead : kAhead + to_next - tile.columns;
     transform<with_gradient>(
         weights, scales, sums,
         [&](int colour, int row) DECO_LAMBDA {
           const int64_t offset = colour * plane + row * loss.width;
-          // The processor follows too few of the 72 rows by itself.
-          prefetch_next<kToRead>(prediction + offset);
-          prefetch_next<kToRead>(target + offset);
+          prefetch(prediction + offset + ahead);
+          prefetch(target + offset + ahead);
           return load_row(prediction + offset) - load_row(target + offset);
         },
         [&](int colour, int row, const Row& value) DECO_LAMBDA {
           auto* to = gradient + colour * plane + row * loss.width;
-          prefetch_next<kToWrite>(to);
+          prefetch(to + ahead);
           store_row(to, value);
         });
   }
@@ -429,10 +434,13 @@ void run_as(const FlowMatchingLoss& loss, int64_t begin, int64_t end) {
     const Scales scales = {static_cast<float>(2.0 * timestep_weight / values),
                            static_cast<float>(2.0 * loss.weight / coefficients)};
     double* partials = loss.partials + 2 * index;
-    const bool whole = tile.rows == kBlock && tile.columns % kRow == 0;
-    const auto run = whole ? run_whole<with_gradient, Prediction, Target>
-                           : run_padded<with_gradient, Prediction, Target>;
-    run(loss, tile, weights, scales, partials);
+    if (tile.rows == kBlock && tile.columns % kRow == 0) {
+      const int64_t to_next =
+          offset_of(loss, tile_at(loss, index + 1), 0, 0) - offset_of(loss, tile, 0, 0);
+      run_whole<with_gradient, Prediction, Target>(loss, tile, weights, scales, to_next, partials);
+    } else {
+      run_padded<with_gradient, Prediction, Target>(loss, tile, weights, scales, partials);
+    }
     partials[0] *= timestep_weight;
   }
 }
