@@ -13,9 +13,8 @@ namespace {
 constexpr int kWide = 2;
 constexpr int kHigh = kLanes == 16 ? 8 : 6;
 constexpr int kColumns = kWide * kLanes;
-constexpr int kRows = 48;
+constexpr int kRows = 8 * kHigh;
 constexpr int64_t kDepth = 1024;
-static_assert(kRows % kHigh == 0);
 
 #ifdef __AVX512BF16__
 constexpr bool kHasPairs = true;
