@@ -15,6 +15,7 @@ constexpr int kHigh = kLanes == 16 ? 8 : 6;
 constexpr int kColumns = kWide * kLanes;
 constexpr int kRows = 8 * kHigh;
 constexpr int64_t kDepth = 1024;
+static_assert(kRows % kLanes == 0);
 
 #ifdef __AVX512BF16__
 constexpr bool kHasPairs = true;
@@ -154,7 +155,7 @@ void interleave_rows(const MatmulTask& task, float* to) {
   const auto* data = static_cast<const T*>(task.a.data);
   const int64_t depth = ceil_divide(task.depth, Packed::kPack);
   for (int64_t k = 0; k < depth; ++k) {
-    alignas(64) float column[kRows + kLanes];
+    alignas(64) float column[kRows];
     for (int64_t row = 0; row < kRows; row += kLanes) {
       const int64_t count = task.rows - row;
       store(column + row, count > 0 ? Packed::across(data + row, task.a.column_stride, k,
