@@ -54,8 +54,9 @@ sanitize: $(development)
 	LD_PRELOAD="$(foreach library,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	PYTHONPATH=build/sanitize/lib $(VENV)/bin/pytest -m "not slow" -p no:cacheprovider \
-	tests/kernels/test_flow_matching_loss.py tests/kernels/test_packed_linear.py \
-	tests/kernels/test_pixel_decoder.py tests/kernels/test_registration.py
+	tests/kernels/test_flow_matching_loss.py tests/kernels/test_matmul.py \
+	tests/kernels/test_packed_linear.py tests/kernels/test_pixel_decoder.py \
+	tests/kernels/test_registration.py
 
 bench: $(development)
 	$(python) -m pytest benchmarks --benchmark-only

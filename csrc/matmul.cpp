@@ -1,7 +1,7 @@
 // The kernels of matmul.h for one instruction set, DECO_NAMESPACE.
 //
-// Operands are columns of 32-bit elements: a float32 each, or, where the processor has dot
-// products of bfloat16, two neighbours along the depth. Without these bfloat16 is widened.
+// The elements of both operands have 32 bits: a float32, or, where the processor has dot products
+// of bfloat16, two neighbours along the depth. Without these bfloat16 is widened.
 #include "matmul.h"
 
 #include "vector.h"
@@ -82,13 +82,13 @@ struct Pairs {
   }
   DECO_INLINE static Vector along(const BFloat16* row, int64_t k, int64_t depth) {
     if (depth - 2 * k >= 2 * kLanes) {
-      return load(reinterpret_cast<const float*>(row + 2 * k));
+      return load_bits(row + 2 * k);
     }
     BFloat16 some[2 * kLanes] = {};
     if (depth > 2 * k) {
       __builtin_memcpy(some, row + 2 * k, sizeof(BFloat16) * (depth - 2 * k));
     }
-    return load(reinterpret_cast<const float*>(some));
+    return load_bits(some);
   }
 };
 #endif
@@ -258,9 +258,11 @@ void multiply_as(const MatmulTask& task) {
     interleave_rows<T, Packed>(task, task.workspace);
     return multiply_rows<pairs>(task, Left<true>{task.workspace, depth * kHigh}, depth);
   }
-  // As they lie, where they are elements of 32 bits and none is missing.
-  if (sizeof(T) * Packed::kPack == sizeof(float) && task.rows % kHigh == 0 &&
-      task.depth % Packed::kPack == 0 && task.a.row_stride % Packed::kPack == 0) {
+  // As they lie, where they are whole elements of 32 bits and none is missing.
+  const bool whole = sizeof(T) * Packed::kPack == sizeof(float) &&
+                     task.depth % Packed::kPack == 0 && task.a.row_stride % Packed::kPack == 0 &&
+                     reinterpret_cast<uintptr_t>(task.a.data) % alignof(float) == 0;
+  if (whole && task.rows % kHigh == 0) {
     const auto* rows = static_cast<const float*>(task.a.data);
     return multiply_rows<pairs>(task, Left<false>{rows, task.a.row_stride / Packed::kPack}, depth);
   }

@@ -2,8 +2,9 @@
 //
 // B is packed: `columns` of its columns at a time become a panel, whose rows lie one after the
 // other, so that a product reads it from the first address to the last. A task takes `rows` rows
-// of A to any number of panels; it sums kDepth products at a time, for which both operands stay in
-// the second cache. Every C is the same sum in the same order, whoever computes it.
+// of A, which it copies where they do not lie as it wants them, to any number of panels; it sums
+// kDepth products at a time, for which both operands stay in the second cache. With one instruction
+// set every C is the same sum in the same order, however the work is shared.
 //
 // Compiled once for each instruction set; see pixel_decoder.h.
 #pragma once

@@ -13,8 +13,8 @@ namespace deco {
 namespace {
 
 constexpr const MatmulKernel* kKernels[] = DECO_KERNELS(matmul);
-// Columns of b that exist as panels at a time: a wide b is not copied whole.
-constexpr int64_t kPackedColumns = 2048;
+// Of the panels that exist at a time: a large b is not copied whole.
+constexpr int64_t kPackedNumbers = 4 << 20;
 constexpr int64_t kTasksPerThread = 4;
 
 constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -35,12 +35,14 @@ void check_operand(const at::Tensor& tensor, const char* name) {
 }  // namespace
 
 bool prefers_matmul(const at::Tensor& a) {
+#if defined(__x86_64__)
   const InstructionSet instruction_set = selected_instruction_set();
-  if (instruction_set == InstructionSet::baseline) {
-    return false;
-  }
-  return element_of(a) == Element::bfloat16 ? instruction_set != InstructionSet::amx
-                                            : !is_made_by_intel();
+  return element_of(a) == Element::bfloat16
+             ? instruction_set != InstructionSet::amx
+             : instruction_set != InstructionSet::baseline && !is_made_by_intel();
+#else
+  return false;
+#endif
 }
 
 void matmul(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c, bool add) {
@@ -57,13 +59,16 @@ void matmul(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c, bool 
 
   const MatmulKernel& kernel = *kKernels[static_cast<int>(selected_instruction_set())];
   const int64_t panel_size = kernel.panel_size(element, depth);
-  const int64_t panels = ceil_divide(std::min(columns, kPackedColumns), kernel.columns);
+  const int64_t panels = std::clamp<int64_t>(kPackedNumbers / std::max<int64_t>(panel_size, 1), 1,
+                                             ceil_divide(columns, kernel.columns));
+  const int64_t packed_columns = panels * kernel.columns;
   const auto options = at::TensorOptions(at::kFloat);
   const at::Tensor packed = at::empty({panels * panel_size}, options);
   float* const panel_data = packed.data_ptr<float>();
+  auto* const c_data = static_cast<char*>(c.data_ptr());
   const int64_t row_blocks = ceil_divide(rows, kernel.rows);
-  for (int64_t first = 0; first < columns; first += kPackedColumns) {
-    const int64_t width = std::min(kPackedColumns, columns - first);
+  for (int64_t first = 0; first < columns; first += packed_columns) {
+    const int64_t width = std::min(packed_columns, columns - first);
     const int64_t count = ceil_divide(width, kernel.columns);
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -92,8 +97,7 @@ void matmul(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c, bool 
         task.rows = std::min(kernel.rows, rows - row);
         task.panels = panel_data + panel * panel_size;
         task.columns = std::min(next * kernel.columns, width) - column;
-        task.c = static_cast<char*>(c.data_ptr()) +
-                 c.element_size() * (row * columns + first + column);
+        task.c = c_data + c.element_size() * (row * columns + first + column);
         task.c_stride = columns;
         task.c_element = c_element;
         task.add = add;

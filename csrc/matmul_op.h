@@ -11,9 +11,9 @@ namespace deco {
 // and contiguous.
 void matmul(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c, bool add);
 
-// Whether `matmul` is faster here, for operands like a, than torch's libraries. Of Intel's processors
-// MKL knows what there is to know about float32, of a matrix unit oneDNN, and of other architectures
-// the library of the system.
+// Whether `matmul` is faster here, for operands like a, than torch's libraries. It is not for bfloat16
+// where there is a matrix unit, which oneDNN uses; for float32 on Intel's processors, which MKL is
+// made for, and without AVX2; nor on other architectures.
 bool prefers_matmul(const at::Tensor& a);
 
 }  // namespace deco

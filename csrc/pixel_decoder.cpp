@@ -49,6 +49,7 @@ struct Float32Operand {
   DECO_INLINE static void accumulate(Vector& sum, const Scalar* left, Vector right) {
     sum += *left * right;
   }
+  DECO_INLINE static Vector sigmoid(Vector x) { return DECO_NAMESPACE::sigmoid(x); }
 };
 
 #ifdef __AVX512BF16__
@@ -87,11 +88,12 @@ struct BFloat16Operand {
     *to = rounded[0];
   }
   DECO_INLINE static Vector right_vector(const Scalar* rows, int columns, int k, int v) {
-    return load(reinterpret_cast<const float*>(rows + 2 * (k * columns + v * kLanes)));
+    return load_bits(rows + 2 * (k * columns + v * kLanes));
   }
   DECO_INLINE static void accumulate(Vector& sum, const Scalar* left, Vector right) {
     sum = add_products_of_pairs(sum, left, right);
   }
+  DECO_INLINE static Vector sigmoid(Vector x) { return rough_sigmoid(x); }
 };
 #else
 // Without dot products, bfloat16 is only how y is stored.
@@ -400,7 +402,7 @@ class Decoder {
           const int row = 2 * pair + r;
           const Vector value = load(rows[r] + v * kLanes) + bias[row];
           b.y.set(row, v, value);
-          condition[r] = value * sigmoid(value);
+          condition[r] = value * Operand::sigmoid(value);
           Vector h = broadcast(table[row]);
           for (int c = 0; c < 3; ++c) {
             h += w.rgb_weight[row * 3 + c] * load(b.x + c * kTile + v * kLanes);
@@ -459,7 +461,7 @@ class Decoder {
       for (int v = 0; v < kTileVectors; ++v) {
         const Vector even = s.fc1_out.get(2 * pair, v);
         const Vector odd = s.fc1_out.get(2 * pair + 1, v);
-        s.fc2_in.put(pair, v, even * sigmoid(even), odd * sigmoid(odd));
+        s.fc2_in.put(pair, v, even * Operand::sigmoid(even), odd * Operand::sigmoid(odd));
       }
     }
     product<Operand, C, C, kTile>(
@@ -685,7 +687,7 @@ class Decoder {
   }
 
   DECO_INLINE static Vector silu_derivative(Vector x) {
-    const Vector s = sigmoid(x);
+    const Vector s = Operand::sigmoid(x);
     return s * (1.0f + x * (1.0f - s));
   }
 

@@ -40,7 +40,7 @@ _SOURCES: Final[dict[tuple[str, str], str]] = {
     ("linear_upsample", "reference"): "deco_fast.kernels.linear_upsample.reference",
     ("pixel_decoder", "reference"): "deco_fast.kernels.pixel_decoder.reference",
     ("flow_matching_loss", "reference"): "deco_fast.kernels.flow_matching_loss.reference",
-    # A product and nothing else, for which torch's libraries are the fastest kernels there are.
+    # By itself a product and nothing else, and so the libraries' affair.
     ("linear_upsample", "triton"): "deco_fast.kernels.linear_upsample.reference",
     ("linear_upsample", "cpp"): "deco_fast.kernels.linear_upsample.reference",
     ("pixel_decoder", "triton"): "deco_fast.kernels.pixel_decoder.fused",

@@ -24,8 +24,8 @@ from deco_fast.kernels.registration import condition_dtype
 _INPUT_PROJECTIONS = 4  # tensors of `small` that fold into one affine map
 
 _SHARE_BYTES = 8 * 2**20
-"""Of the condition at a time: with a quarter of it products are a tenth slower, and twice as much
-gains nothing."""
+"""Of the condition at a time: with a quarter of it MKL's products are a tenth slower, and twice as
+much gains nothing."""
 
 
 def forward(
