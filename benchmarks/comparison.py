@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -37,13 +38,14 @@ class Subject:
         held: weights and inputs, which are in memory anyway.
         waited: the median of the seconds that a call has waited for data (the first one waits for
             the workers to start); None where it needs none.
-        replayed: whether a CUDA graph runs, whose memory stays taken and is not seen in a call.
+        graph_bytes: where CUDA graphs run, the memory that stays taken for them and is not seen in
+            a call; it gives None where nobody can say.
     """
 
     run: Callable[[], dict[str, Tensor]]
     held: tuple[Tensor, ...] = ()
     waited: Callable[[], float] | None = None
-    replayed: bool = False
+    graph_bytes: Callable[[], int | None] | None = None
 
 
 @dataclass
@@ -190,6 +192,8 @@ class Compare:
             rows: other variants than all backends, and why one cannot be timed here.
             min_rounds: of the measurement, whatever its time.
 
+        A variant that fails has its error in its row, and the others are timed before it is raised.
+
         Raises:
             AssertionError: a variant's results differ from the float32 reference's.
         """
@@ -201,7 +205,7 @@ class Compare:
         if rows is None:
             rows = variants(machine, op_names, precisions, compile_fused)
         label = DTYPE_LABEL[compute_dtype]
-        prepared = self._prepare(rows, build, tolerance)
+        prepared, failures = self._prepare(rows, build, tolerance)
         comparison = Comparison(
             f"{title}, {label}",
             conditions,
@@ -209,18 +213,25 @@ class Compare:
             work.bytes,
             *machine.floor(work, compute_dtype),
         )
-        self._measure(comparison, prepared, backward, min_rounds)
-        comparison.rows += [
-            Row(variant.name, variant.is_baseline, reason)
-            for variant, reason in rows.items()
-            if reason is not None
-        ]
-        order = [variant.name for variant in rows]
-        comparison.rows.sort(key=lambda row: order.index(row.variant))
-        comparison.fill_ratios()
-        self._benchmark.group = comparison.title
-        self._benchmark.extra_info.update(comparison.to_json())
-        self._outcomes.append(comparison)
+        skipped = {variant: reason for variant, reason in rows.items() if reason is not None}
+        skipped |= {variant: _first_line(error) for variant, error in failures.items()}
+        try:
+            self._measure(comparison, prepared, backward, min_rounds)
+        finally:
+            # What there is counts, also where the rest fails or is interrupted.
+            comparison.rows += [
+                Row(variant.name, variant.is_baseline, reason)
+                for variant, reason in skipped.items()
+            ]
+            order = [variant.name for variant in rows]
+            comparison.rows.sort(key=lambda row: order.index(row.variant))
+            comparison.fill_ratios()
+            self._benchmark.group = comparison.title
+            self._benchmark.extra_info.update(comparison.to_json())
+            if comparison.rows:
+                self._outcomes.append(comparison)
+        for error in failures.values():
+            raise error
         return comparison
 
     def _prepare(
@@ -228,8 +239,8 @@ class Compare:
         rows: dict[Variant, str | None],
         build: Callable[[Variant], Subject],
         tolerance: float,
-    ) -> list[_Prepared]:
-        """Build, compile and check every variant that can be timed here."""
+    ) -> tuple[list[_Prepared], dict[Variant, Exception]]:
+        """Build, compile and check every variant that can be timed here; and why one cannot."""
         # Each comparison compiles its own graphs: torch.compile stops after a few per function.
         torch.compiler.reset()
         gc.collect()
@@ -237,32 +248,40 @@ class Compare:
         reference = Variant(REFERENCE, compiled=False, precision=FLOAT32)
         expected = _runner(reference, build(reference))()
 
-        subjects = {variant: build(variant) for variant in runnable}
-        prepared = []
-        for variant, subject in subjects.items():
-            run = _runner(variant, subject)
-            results = run()
-            excused = {
-                key: relative_error(results.pop(key), value)
-                for key, value in expected.items()
-                if is_fault_of_torch(variant, self._machine.device, key)
-            }
-            required = {key: value for key, value in expected.items() if key not in excused}
-            error = check_agreement(variant.name, results, required, tolerance)
-            remark = None
-            if excused and max(excused.values()) > tolerance:
-                remark = (
-                    f"torch's layer_norm: its gradients are {max(excused.values()):.0%} off in bf16"
-                )
-            prepared.append(_Prepared(variant, subject, run, error, remark))
-            del results, required
-        del expected
-        return prepared
+        prepared, failures = list[_Prepared](), dict[Variant, Exception]()
+        for variant in runnable:
+            try:
+                prepared.append(self._prepare_one(variant, build(variant), expected, tolerance))
+            except Exception as error:
+                traceback.clear_frames(error.__traceback__)  # they hold its weights and results
+                failures[variant] = error
+        return prepared, failures
+
+    def _prepare_one(
+        self, variant: Variant, subject: Subject, expected: dict[str, Tensor], tolerance: float
+    ) -> _Prepared:
+        run = _runner(variant, subject)
+        results = run()
+        excused = {
+            key: relative_error(results.pop(key), value)
+            for key, value in expected.items()
+            if is_fault_of_torch(variant, self._machine.device, key)
+        }
+        required = {key: value for key, value in expected.items() if key not in excused}
+        error = check_agreement(variant.name, results, required, tolerance)
+        remark = None
+        if excused and max(excused.values()) > tolerance:
+            remark = (
+                f"torch's layer_norm: its gradients are {max(excused.values()):.0%} off in bf16"
+            )
+        return _Prepared(variant, subject, run, error, remark)
 
     def _measure(
         self, comparison: Comparison, prepared: list[_Prepared], backward: bool, min_rounds: int
     ) -> None:
         """Add a row for every variant."""
+        if not prepared:
+            return
         machine = self._machine
         turns = Turns(
             {one.variant.name: one.run for one in prepared},
@@ -271,22 +290,18 @@ class Compare:
         )
         fitting = int(self._seconds / turns.calibrate())
         rounds = fitting if self._seconds == 0 else min(max(fitting, min_rounds), MAX_ROUNDS)
-        self._benchmark.pedantic(turns.round, rounds=max(rounds, 1))
-        for one in prepared:
-            samples = turns.samples[one.variant.name]
-            row = Row(one.variant.name, one.variant.is_baseline, remark=one.remark, error=one.error)
-            row.rounds = len(samples)
-            row.median = statistics.median(samples)
-            row.minimum, row.maximum = min(samples), max(samples)
-            if one.subject.waited is not None:
-                row.data_wait_share = one.subject.waited() / row.median
-            if one.subject.replayed:
-                comparison.rows.append(row)
-                continue
-            if backward:
+        try:
+            self._benchmark.pedantic(turns.round, rounds=max(rounds, 1))
+        finally:
+            timed = [one for one in prepared if turns.samples[one.variant.name]]
+            rows = [_timed_row(one, turns.samples[one.variant.name]) for one in timed]
+            comparison.rows += rows
+        for one, row in zip(timed, rows, strict=True):
+            graph_bytes = one.subject.graph_bytes
+            if backward and graph_bytes is None:
                 row.saved_for_backward = saved_for_backward(one.run, one.subject.held)
-            row.peak_memory = peak_memory(one.run, machine.device)
-            comparison.rows.append(row)
+            peak, held = peak_memory(one.run, machine.device), graph_bytes() if graph_bytes else 0
+            row.peak_memory = None if peak is None or held is None else peak + held
 
 
 class _Prepared(NamedTuple):
@@ -297,6 +312,20 @@ class _Prepared(NamedTuple):
     run: Callable[[], dict[str, Tensor]]
     error: float
     remark: str | None
+
+
+def _timed_row(one: _Prepared, samples: list[float]) -> Row:
+    row = Row(one.variant.name, one.variant.is_baseline, remark=one.remark, error=one.error)
+    row.rounds = len(samples)
+    row.median = statistics.median(samples)
+    row.minimum, row.maximum = min(samples), max(samples)
+    if one.subject.waited is not None:
+        row.data_wait_share = one.subject.waited() / row.median
+    return row
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _runner(variant: Variant, subject: Subject) -> Callable[[], dict[str, Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -136,7 +135,7 @@ class ModelTable:
 
     title: str
     conditions: str
-    rows: Sequence[ModelFigures]
+    rows: list[ModelFigures]
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain types."""

@@ -16,13 +16,15 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -35,6 +37,9 @@ from deco_fast.errors import UserError, run_command
 ROOT = Path(__file__).resolve().parents[1]
 PIECE_SECONDS = 570
 """After which a piece is ended."""
+
+SECONDS_TO_SAVE = 20
+"""That a piece then has to write what it knows."""
 
 FIGURES = "figures.json"
 STATUS = "status.json"
@@ -68,14 +73,14 @@ def pieces(device: str, trial: bool, out: Path) -> Iterator[Piece]:
         {"DECO_REQUIRE_EXTENSION": "1"},
     )
     yield Piece("backends", (python, "-m", "deco_fast.ops"), 20)
-    gpu_tests = (python, "-m", "pytest", "-q", "-m", "gpu", "--durations", "10")
+    gpu_tests = (python, "-m", "pytest", "-q", "-rf", "-m", "gpu", "--durations", "10")
+    shared = ("--numprocesses", "6", "--dist", "loadscope")
     if device == "cuda":
         kernels = {"DECO_BACKEND": "triton"}
-        yield Piece("tests-kernels", (*gpu_tests, "tests/kernels"), 300)
-        yield Piece("tests-model", (*gpu_tests, "tests", "--ignore", "tests/kernels"), 300)
-        yield Piece(
-            "tests-model-triton", (*gpu_tests, "tests", "--ignore", "tests/kernels"), 300, kernels
-        )
+        model = (*gpu_tests, *shared, "tests", "--ignore", "tests/kernels")
+        yield Piece("tests-kernels", (*gpu_tests, *shared, "tests/kernels"), 300)
+        yield Piece("tests-model", model, 300)
+        yield Piece("tests-model-triton", model, 300, kernels)
         if sanitizer := shutil.which("compute-sanitizer"):
             check = (sanitizer, "--tool", "memcheck", "--error-exitcode", "1")
             yield Piece("memcheck", (*check, *gpu_tests, "tests/kernels", "-k", "float32"), 400)
@@ -147,20 +152,33 @@ def run_piece(piece: Piece, out: Path, seconds: float) -> int:
     with (folder / LOG).open("w", encoding="utf-8") as log:
         print(shlex.join(piece.command), file=log, flush=True)
         try:
-            status = subprocess.run(
-                piece.command,
-                cwd=ROOT,
-                env=environment | piece.environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-                check=False,
-            ).returncode
+            status = _run(piece.command, environment | piece.environment, log, seconds)
         except subprocess.TimeoutExpired:
             status = 124
     result = {"status": status, "seconds": round(time.monotonic() - started, 1)}
     (folder / STATUS).write_text(json.dumps(result) + "\n", encoding="utf-8")
     return status
+
+
+def _run(command: Sequence[str], environment: dict[str, str], log: IO[str], seconds: float) -> int:
+    """Its exit status.
+
+    Raises:
+        subprocess.TimeoutExpired: it took too long, was interrupted, which lets pytest save what it
+            has, and killed if it went on.
+    """
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+    ) as process:
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS_TO_SAVE)
+            raise
+        finally:
+            process.kill()
 
 
 def passed(piece: Piece, out: Path) -> bool:
@@ -185,7 +203,7 @@ def gather(names: Sequence[str], out: Path) -> dict[str, Any]:
         try:
             record["pieces"][name] = json.loads((out / name / STATUS).read_text(encoding="utf-8"))
             figures = json.loads((out / name / FIGURES).read_text(encoding="utf-8"))
-        except OSError:
+        except (OSError, ValueError):  # there is none, or half of one
             continue
         if "comparisons" in figures:
             for key in ("date", "commit", "machine"):

@@ -32,7 +32,6 @@ from deco_fast.models.build import build_network
 from deco_fast.models.config import ClassConfig
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.training.distributed import Processes
-from deco_fast.training.parallel import COMPILE_OPTIONS
 from deco_fast.training.step import TrainingStep
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -61,8 +60,17 @@ def test_models(
     together = 1.1 * sum(held.values()) < available_memory(settings.device)
     if not together:
         settings.require_memory(max(held.values()))
+    # A GPU is quiet enough, and what one model has shown is not lost with the next.
+    together &= settings.device.type != "cuda"
     groups = [MODELS] if together else [(model,) for model in MODELS]
-    figures: list[ModelFigures] = []
+    images = Images(batch, runs["DeCo"].data.height, runs["DeCo"].data.width)
+    table = ModelTable(
+        f"models of Table 1, size {size}, {precision}",
+        f"Training {images}; drawing one image in {STEPS} Euler steps without guidance; "
+        f"{'in turns' if together else 'one model after the other'}; in brackets the spread"
+        + ("" if small else ", and the paper's figures (32 images a GPU; an A800)"),
+        [],
+    )
     least = 1 if settings.trial else MIN_ROUNDS if small else LARGE_ROUNDS
 
     def measure() -> None:
@@ -70,24 +78,17 @@ def test_models(
             subjects = [_Subject(runs[one.name], settings, machine, precision) for one in group]
             _take_turns(subjects, settings.seconds / len(groups), least, machine)
             for model, subject in zip(group, subjects, strict=True):
-                figures.append(subject.figures(model, small))
+                table.rows.append(subject.figures(model, small))
+            if table not in model_tables:
+                model_tables.append(table)
             del subject, subjects  # before the next ones are made
             torch.compiler.reset()
             gc.collect()
 
     benchmark.pedantic(measure, rounds=1)
-    images = Images(batch, runs["DeCo"].data.height, runs["DeCo"].data.width)
-    table = ModelTable(
-        f"models of Table 1, size {size}, {precision}",
-        f"Training {images}; drawing one image in {STEPS} Euler steps without guidance; "
-        f"{'in turns' if together else 'one model after the other'}; in brackets the spread"
-        + ("" if small else ", and the paper's figures (32 images a GPU; an A800)"),
-        figures,
-    )
-    model_tables.append(table)
     benchmark.group = table.title
     benchmark.extra_info.update(table.to_json())
-    assert all(row.iteration > 0 and row.image > 0 for row in figures)
+    assert all(row.iteration > 0 and row.image > 0 for row in table.rows)
 
 
 def _take_turns(
@@ -124,19 +125,19 @@ class _Subject:
         features, encoder_work = None, 0
         if config.alignment.enabled:
             features = random_features(device, training.precision)
-            features.compile()
             encoder_work = encoder_flops(images)
         work = training_work(config.model, images, encoder_work)
         self.floor = machine.floor(work, PRECISIONS[precision]).seconds
         self.samples: dict[str, list[float]] = {}
+        compiled = training.model_copy(update={"compile": not settings.trial})
+        config = config.model_copy(update={"training": compiled})
         self._training = TrainingStep(config, Processes(0, 1, device), features)
         randomize(self._training.model)
-        if not settings.trial:
-            self._training.objective.compile(dynamic=False, options=COMPILE_OPTIONS)
+        self._training.prepare()
         shape = (training.batch_size, 3, data.height, data.width)
         self._batch = Batch(
-            normal(*shape).clamp(-1, 1),
-            torch.arange(training.batch_size) % config.model.num_classes,
+            normal(*shape).clamp(-1, 1).to(device),
+            (torch.arange(training.batch_size) % config.model.num_classes).to(device),
             torch.arange(training.batch_size),
         )
         network = build_network(config.model, config.card())
@@ -179,7 +180,9 @@ class _Subject:
     def training_memory(self) -> int | None:
         """What training holds, and what a step takes besides."""
         parameters = sum(p.numel() for p in self._training.objective.parameters())
-        return self._plus_peak(4 * FLOAT32_BYTES * parameters, self.iterate)
+        captured = self._training.captured
+        recorded = 0 if captured is None else captured.graph_bytes()
+        return self._plus_peak(4 * FLOAT32_BYTES * parameters + recorded, self.iterate)
 
     def inference_memory(self) -> int | None:
         """What the engine holds, and what a drawing takes besides."""
@@ -189,7 +192,7 @@ class _Subject:
             for tensor in (*part.parameters(), *part.buffers())
             for storage in (tensor.untyped_storage(),)
         }
-        return self._plus_peak(sum(held.values()), self.draw)
+        return self._plus_peak(sum(held.values()) + self._engine.graph_bytes(), self.draw)
 
     def _plus_peak(self, held: int, function: Callable[[], object]) -> int | None:
         peak = peak_memory(function, self.device)

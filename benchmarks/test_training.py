@@ -197,6 +197,9 @@ def test_training_step(
             with recomputed_activations(step.model) if lean else nullcontext():
                 figures = step(0, batch)
             hook.remove()
+            if captured is not None and not captured.is_recorded:
+                raise RuntimeError("the step cannot be recorded as a CUDA graph")
+            step.ema.wait()  # which is on its way beside the next step
             results = {"loss": figures.values[0], **gradients}
             gradients.clear()
             return results
@@ -205,7 +208,7 @@ def test_training_step(
             run,
             tuple(step.objective.parameters()),
             lambda: statistics.median(waits),
-            captured is not None,
+            captured.graph_bytes if captured is not None else None,
         )
 
     # Weights, two moments and the average; gradients come and go with the step.

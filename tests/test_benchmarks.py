@@ -302,8 +302,14 @@ class FakeBenchmark:
             function()
 
 
-def run_comparison(monkeypatch: pytest.MonkeyPatch, fused: float) -> list[Comparison]:
+def run_comparison(
+    monkeypatch: pytest.MonkeyPatch,
+    fused: float,
+    outcomes: list[Comparison],
+    benchmark: FakeBenchmark | None = None,
+) -> Comparison:
     """Compare ``2·x`` with a "cpp" that multiplies by ``fused``."""
+    benchmark = benchmark or FakeBenchmark()
     table = {"pixel_decoder": {"reference": None, "triton": "no GPU", "cpp": None}}
     monkeypatch.setattr(variants.ops, "backends", lambda: table)
     machine = Machine(CPU, quick=True)
@@ -320,8 +326,6 @@ def run_comparison(monkeypatch: pytest.MonkeyPatch, fused: float) -> list[Compar
 
         return Subject(run, held=(x,))
 
-    outcomes: list[Comparison] = []
-    benchmark = FakeBenchmark()
     Compare(benchmark, machine, 0.0, outcomes)(  # type: ignore[arg-type]
         "doubling",
         "8 values",
@@ -333,14 +337,14 @@ def run_comparison(monkeypatch: pytest.MonkeyPatch, fused: float) -> list[Compar
         compile_fused=False,
     )
     assert benchmark.extra_info == outcomes[0].to_json()
-    return outcomes
+    return outcomes[0]
 
 
 @pytest.mark.slow
 def test_a_comparison_relates_variants_to_baseline_and_floor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (outcome,) = run_comparison(monkeypatch, fused=2.0)
+    outcome = run_comparison(monkeypatch, 2.0, [])
     eager, compiled, fused = outcome.rows
     assert [row.variant for row in outcome.rows] == [
         "reference, eager, fp32",
@@ -359,8 +363,32 @@ def test_a_comparison_relates_variants_to_baseline_and_floor(
 
 
 def test_no_speed_is_claimed_for_a_wrong_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes: list[Comparison] = []
     with pytest.raises(AssertionError, match=r"cpp, eager, fp32 is wrong.*in y"):
-        run_comparison(monkeypatch, fused=2.01)
+        run_comparison(monkeypatch, 2.01, outcomes)
+    # And those of the others are kept.
+    (outcome,) = outcomes
+    eager, _, fused = outcome.rows
+    assert eager.median is not None and eager.saved_for_backward is not None
+    assert fused.median is None and fused.skipped is not None
+    assert fused.skipped.startswith("AssertionError: cpp, eager, fp32 is wrong")
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_keeps_what_it_has_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Interrupted(FakeBenchmark):
+        def pedantic(self, function: object, rounds: int) -> None:
+            super().pedantic(function, 2)
+            raise KeyboardInterrupt
+
+    outcomes: list[Comparison] = []
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(monkeypatch, 2.0, outcomes, Interrupted())
+    (outcome,) = outcomes
+    assert [row.rounds for row in outcome.rows] == [2, 0, 2]
+    assert outcome.rows[2].speedup is not None
 
 
 def test_only_the_eager_reference_is_excused_for_the_fault_of_torch() -> None:

@@ -58,6 +58,27 @@ def test_a_piece_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     assert not passed(endless, tmp_path)
 
 
+def test_a_piece_that_takes_too_long_may_save_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tmp_path / "saved"
+    code = f"""
+import time
+print("ready", flush=True)
+try:
+    while True: time.sleep(0.1)
+except KeyboardInterrupt:
+    open({str(saved)!r}, "w").close()
+{{}}
+"""
+    assert run_piece(script("saves", code.format("")), tmp_path, 3) == 124
+    assert "ready" in (tmp_path / "saves" / "log.txt").read_text()
+    assert saved.exists()
+    # One that does not end then either is killed.
+    monkeypatch.setattr(record, "SECONDS_TO_SAVE", 0.2)
+    assert run_piece(script("stays", code.format("while True: time.sleep(1)")), tmp_path, 3) == 124
+
+
 def test_typed_again_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

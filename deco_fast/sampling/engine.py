@@ -26,6 +26,7 @@ from deco_fast.models.dit import DiTBlock, JointBlock
 from deco_fast.models.fp8 import to_fp8
 from deco_fast.models.network import DeCoNetwork
 from deco_fast.models.prepared import PreparedBlock, WeightLayout, prepared_rotary_table
+from deco_fast.recording import pool_bytes, recording
 from deco_fast.sampling.batch_size import default_batch_size
 from deco_fast.sampling.condition_table import Condition, condition_table
 from deco_fast.sampling.schedule import schedule
@@ -125,6 +126,7 @@ class SamplingEngine:
         self._run_step, self._run_block = engine._step, _call
         self._run_decode, self._run_move = engine._decode, engine._move
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
         self._times = times = torch.tensor(
             [e.t for e in self._evaluations], dtype=self._state_dtype, device=self._device
         )
@@ -184,8 +186,12 @@ class SamplingEngine:
         if self._compiled and self._device.type == "cuda":
             with torch.inference_mode():
                 # One after the other and never at once, so they may share their memory.
-                pool = torch.cuda.graph_pool_handle()
-                self._graphs = {guided: self._record(guided, pool) for guided in self._kinds()}
+                self._pool = torch.cuda.graph_pool_handle()
+                self._graphs = {guided: self._record(guided) for guided in self._kinds()}
+
+    def graph_bytes(self) -> int:
+        """The GPU's memory that the recorded graphs hold, 0 where there are none."""
+        return pool_bytes(self._pool) if self._graphs else 0
 
     def _kinds(self) -> Iterator[bool]:
         """With and without guidance, as far as the run has both; of each the first evaluation."""
@@ -195,16 +201,16 @@ class SamplingEngine:
             self._rows.zero_()
             yield guided
 
-    def _record(self, guided: bool, pool: Any) -> torch.cuda.CUDAGraph:
+    def _record(self, guided: bool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # Libraries take their workspaces at the first call on a stream, which must not be recorded.
+        # What libraries do at the first call on a stream must not be recorded.
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             self._evaluate(guided, self.batch_size)
             self._index.zero_()
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        with torch.cuda.graph(graph, pool, stream):
+        with recording(graph, self._pool, stream):
             self._evaluate(guided, self.batch_size)
         return graph
 

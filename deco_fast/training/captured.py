@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from deco_fast.config import TrainingConfig
+from deco_fast.recording import pool_bytes, recording
 from deco_fast.training.distributed import Processes
 
 Losses = dict[str, Tensor]
 
-# Libraries choose their algorithms and take their workspaces in the first calls.
+# Compilers and libraries choose what to do in the first calls.
 _WARM_UP_CALLS = 3
 
 
@@ -52,6 +53,7 @@ class CapturedBackward:
         self._network, self._parts = network, parts
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._pool: tuple[int, int] = (0, 0)
         self._failed = False
         self._inputs: tuple[Tensor | None, ...] = ()
         self._losses: Losses = {}
@@ -70,6 +72,15 @@ class CapturedBackward:
         self._graph.replay()
         self._hand_over()
         return self._losses
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether there is a graph to replay."""
+        return self._graph is not None
+
+    def graph_bytes(self) -> int:
+        """The GPU's memory that the graph holds, 0 where there is none."""
+        return pool_bytes(self._pool) if self.is_recorded else 0
 
     def _fits(self, inputs: Sequence[Tensor | None]) -> bool:
         return not any(map(_differ, self._inputs, inputs))
@@ -91,13 +102,13 @@ class CapturedBackward:
                 self._compute(self._inputs)
         self._forget_gradients()
         current.wait_stream(stream)
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        graph, self._pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
             # The loader's thread may pin memory in the meantime, which is no part of the recording.
-            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            with recording(graph, self._pool, stream, capture_error_mode="thread_local"):
                 losses = self._compute(self._inputs)
         except RuntimeError as error:
-            _abandon(pool, current)
+            _abandon(self._pool, current)
             self._failed, self._inputs = True, ()
             self._forget_gradients()
             # The error of what was recorded, where that of the end of the recording followed it.
