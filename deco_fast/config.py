@@ -28,7 +28,7 @@ from deco_fast.errors import UserError, nearest
 from deco_fast.flow import TimestepDistribution, TimestepWeight
 from deco_fast.guidance import check_interval
 from deco_fast.losses import FrequencyMode
-from deco_fast.models.card import ModelCard, SamplingSettings
+from deco_fast.models.card import ModelCard, SamplingSettings, check_sampling
 from deco_fast.models.config import (
     NETWORKS,
     ClassConfig,
@@ -46,6 +46,7 @@ from deco_fast.solvers import check_solver, time_grid
 
 Count = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -154,7 +155,7 @@ class TrainingConfig(_Section):
     schedule: Literal["constant", "cosine"] = Field(
         "constant", description="after the warm-up; cosine ends at 0"
     )
-    betas: tuple[Probability, Probability] = Field((0.9, 0.999), description="of AdamW")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="of AdamW")
     weight_decay: NonNegative = 0.0
     gradient_clipping: Positive | None = Field(None, description="largest norm of the gradient")
     explosion_factor: Annotated[float, Field(gt=1)] | None = Field(
@@ -176,7 +177,7 @@ class TrainingConfig(_Section):
     distribution: Literal["ddp", "fsdp"] = Field(
         "ddp", description="over processes: a copy of the weights each, or FSDP2's shards"
     )
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     init_from: str | None = Field(
         None, description="begin with a checkpoint's weights; --init-from for short"
     )
@@ -196,8 +197,10 @@ class OutputConfig(_Section):
 
 
 def _network_of(value: Any) -> str:
-    """The tag of the union below."""
-    return network_of(value if isinstance(value, dict) else value.to_json())
+    """The tag of the union below; for what is no network any, which then says so."""
+    if isinstance(value, dict):
+        return network_of(value)
+    return network_of(value.to_json()) if hasattr(value, "to_json") else "deco"
 
 
 class RunConfig(_Section):
@@ -268,15 +271,19 @@ class RunConfig(_Section):
             )
         if self.alignment.enabled and self.model.in_channels != 3:
             raise ValueError("REPA needs RGB: set model.in_channels to 3, or --repa off")
-        if self.data.dataset != "digits" and self.model.in_channels != 3:
+        if self.model.in_channels != 3:
             raise ValueError(
                 f"data.dataset {self.data.dataset} reads RGB: set model.in_channels to 3"
             )
+        if self.data.root == "":
+            raise ValueError("data.root is empty: name a folder, or leave it out")
         if self.data.dataset == "folder" and isinstance(self.data.root, list):
             raise ValueError("data.dataset folder has one data.root: name one folder")
         check_solver(self.sampling.solver, self.sampling.order)
         time_grid(self.sampling.steps, self.sampling.time_shift)
         check_interval(self.sampling.guidance_interval)
+        # A checkpoint with others could not be read.
+        check_sampling(self.sampling)
         return self
 
     def to_yaml(self) -> str:
@@ -382,7 +389,14 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
         if text.lower() in ("null", "none"):
             yield key, None
         else:
-            yield key, yaml.safe_load(text) if text.startswith("[") else text
+            yield key, _list(key, text) if text.startswith("[") else text
+
+
+def _list(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--{key} {text} is not a list: write '[A, B]', in quotes") from error
 
 
 def _explain(error: ValidationError) -> str:
@@ -401,7 +415,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key '{key}'{_nearest_key(key, _keys(network))}"
     if first["type"] in ("missing", "missing_argument"):
-        return f"'{key}' is not set: add it to the configuration or give --{key}"
+        option = "model.preset NAME" if key == "model" else key
+        return f"'{key}' is not set: add it to the configuration or give --{option}"
     if first["type"] == "literal_error":
         choices = _choices(place, network)
         return f"{key}: '{value}' is not one of {', '.join(choices)}{nearest(str(value), choices)}"

@@ -29,6 +29,7 @@ from deco_fast.training import distributed, trainer
 from deco_fast.training.distributed import Processes
 from deco_fast.training.guard import LossGuard
 from deco_fast.training.interrupt import Interrupt, catch_interrupt
+from deco_fast.training.run_folder import RunFolder
 from deco_fast.training.time_limit import TimeLimit, parse_duration
 
 ROOT = Path(__file__).parent.parent
@@ -286,6 +287,49 @@ def test_a_second_sigterm_does_not_end_a_run_that_is_saving() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signal here")
+def test_a_closed_terminal_stops_a_run_like_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And takes nothing that is written to it any more; nohup has the signal ignored."""
+    terminal = os.open(os.devnull, os.O_RDONLY)
+    with pytest.raises(OSError, match="descriptor"):
+        os.write(terminal, b"gone")
+    copies = [os.dup(stream) for stream in (1, 2)]
+    try:
+        os.dup2(terminal, 2)
+        monkeypatch.setattr(os, "isatty", lambda stream: stream == 2)
+        with catch_interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupt.signal == signal.SIGHUP and interrupt.exit_status == 129
+            os.write(2, b"to nobody")
+    finally:
+        for stream, copy in zip((1, 2), copies, strict=True):
+            os.dup2(copy, stream)
+            os.close(copy)
+        os.close(terminal)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catch_interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupt
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_checkpoint_just_written_is_never_deleted(tmp_path: Path) -> None:
+    """Nor has a run finished whose checkpoints are gone: the same command makes it again."""
+    folder = tmp_path / "run"
+    assert run(folder, 2) == 0
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    (checkpoint / "model.safetensors").write_bytes(b"")
+    opened = RunFolder(folder, load_config("deco-digits", [*TINY, "--training.steps=2"]))
+    opened.drop_old_checkpoints(keep=1, step=2)
+    assert checkpoint.exists()
+    shutil.rmtree(checkpoint)
+    assert not opened.finished
+    assert run(folder, 2) == 0
+    assert checkpoint.exists()
 
 
 @pytest.mark.usefixtures("_heeds_ctrl_c")

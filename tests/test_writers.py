@@ -367,3 +367,22 @@ class TestCheckWritable:
         monkeypatch.setattr("os.access", lambda path, mode: False)
         with pytest.raises(UserError, match="cannot be written"):
             check_writable(tmp_path, "--out")
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x89PNG\r\n\x1a\n", b"nothing of the kind"])
+def test_a_damaged_image_is_named_with_its_remedy(tmp_path: Path, damage: bytes) -> None:
+    folder = PngFolder(tmp_path / "folder", SETTINGS, LABELS)
+    folder.open()
+    folder.write([0, 1], pictures()[:2])
+    file = folder._file(1)
+    file.write_bytes(damage)
+    with pytest.raises(UserError, match=f"{file.name} is damaged: delete it and type the same"):
+        folder.first(2)
+    npz = npz_file(tmp_path / "samples.npz")
+    npz.open()
+    npz.write(list(range(10)), pictures())
+    (part,) = npz.partial.glob("*.npy")
+    part.write_bytes(damage)
+    for read in (lambda: npz.first(2), npz.finish):
+        with pytest.raises(UserError, match=f"{part.name} is damaged: delete it"):
+            read()

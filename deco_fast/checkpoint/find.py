@@ -81,6 +81,8 @@ def locate(path: str | Path) -> Path:
         located = pretrained_folder() / name
     if not located.exists():
         raise UserError(f"{name} does not exist{_suggestion(located)}")
+    if located.is_dir() and not os.access(located, os.R_OK | os.X_OK):
+        raise UserError(f"{name} may not be read: its permissions are others'")
     if located.is_file() or any((located / weights_file(kind)).exists() for kind in WEIGHTS):
         return located
     newest = newest_checkpoint(located)

@@ -324,6 +324,7 @@ def _check_grid(options: argparse.Namespace, output: Output) -> None:
     else:
         option, is_begun = "--out", output.settings_file.exists()
     grid = _grid_path(options, output)
+    option = "--out" if options.out else option
     if grid.exists() and not is_begun:
         raise UserError(
             f"{grid} exists, where the grid of {output.path} goes: choose another {option}, or "

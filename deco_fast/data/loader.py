@@ -176,6 +176,7 @@ def _start_worker(worker: int) -> None:
     # too if one does not answer, hence a respite and no deafness.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # not on Windows, which has no SIGTERM either
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # of a closed terminal likewise
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_RESPITE_SECONDS))
         # The fork server holds it back until a worker is ready for it.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -11,6 +11,7 @@ import signal
 import deco_fast.data  # noqa: F401
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # of a closed terminal likewise
 # Python restores this one, not its default, in each process that the server forks.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 # Before a worker comes to its own settings torch has a SIGTERM end it: until then it has to wait.

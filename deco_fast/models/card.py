@@ -81,7 +81,7 @@ class ModelCard:
         except (TypeError, OverflowError, AttributeError) as error:
             raise ValueError(f"not a model card: {error}") from error
         _check_card(card)
-        _check_sampling(card.sampling)
+        check_sampling(card.sampling)
         return card
 
 
@@ -98,7 +98,8 @@ def _check_card(card: ModelCard) -> None:
         raise ValueError(f"assumed must be sentences, not {card.assumed}")
 
 
-def _check_sampling(settings: SamplingSettings) -> None:
+def check_sampling(settings: SamplingSettings) -> None:
+    """Raise ValueError for settings that no model can be drawn from with."""
     _check_type(settings, str, "solver")
     _check_type(settings, int, "order", "steps")
     _check_type(settings, float, "guidance_scale", "guidance_rescale", "time_shift")

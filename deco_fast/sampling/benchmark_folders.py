@@ -13,9 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,6 +24,7 @@ from deco_fast.sampling.writers import (
     SETTINGS_FILE,
     Settings,
     changes,
+    read_images,
     read_settings,
     save_png,
     write_settings,
@@ -166,7 +165,7 @@ class GenEvalFolder(_BenchmarkFolder):
                 _remove_if_empty(folder)
 
     def first(self, count: int) -> Tensor:
-        return _load([self._file(index) for index in range(count)])
+        return read_images([self._file(index) for index in range(count)])
 
     def finish(self, progress: bool = False) -> None:
         """Nothing is left to do."""
@@ -242,8 +241,8 @@ class DpgFolder(_BenchmarkFolder):
     def _image(self, index: int) -> Tensor:
         prompt, sample = divmod(index, IMAGES_PER_PROMPT)
         if not self._grid(prompt).exists():
-            return _load([self._file(index)])[0]
-        (grid,) = _load([self._grid(prompt)])
+            return read_images([self._file(index)])[0]
+        (grid,) = read_images([self._grid(prompt)])
         row, column = divmod(sample, 2)
         height, width = grid.shape[0] // 2, grid.shape[1] // 2
         return grid[row * height :, column * width :][:height, :width]
@@ -259,7 +258,9 @@ class DpgFolder(_BenchmarkFolder):
             if self._grid(prompt).exists():
                 continue
             first = prompt * IMAGES_PER_PROMPT
-            a, b, c, d = _load([self._file(first + sample) for sample in range(IMAGES_PER_PROMPT)])
+            a, b, c, d = read_images(
+                [self._file(first + sample) for sample in range(IMAGES_PER_PROMPT)]
+            )
             grid = torch.cat([torch.cat([a, b], dim=1), torch.cat([c, d], dim=1)])
             save_png(self._grid(prompt), grid.numpy())
         self._delete_partial()
@@ -272,7 +273,3 @@ def _entries(folder: Path) -> list[Path]:
 def _remove_if_empty(folder: Path) -> None:
     if folder.is_dir() and not _entries(folder):
         folder.rmdir()
-
-
-def _load(files: Sequence[Path]) -> Tensor:
-    return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files]))

@@ -125,7 +125,7 @@ class PngFolder:
     def first(self, count: int) -> Tensor:
         """The first images, uint8 (count, H, W, 3)."""
         files = [self._file(index) for index in range(count)]
-        return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files]))
+        return read_images(files)
 
     def finish(self, progress: bool = False) -> None:
         """Nothing is left to do: every file is whole."""
@@ -137,6 +137,32 @@ class PngFolder:
         for file in self.path.iterdir():
             if file.name == GRID_FILE or re.fullmatch(r"\d{6,}-(class|prompt)\d+\.png", file.name):
                 yield file
+
+
+def read_images(files: Sequence[Path]) -> Tensor:
+    """Images of one size, uint8 (N, H, W, 3).
+
+    Raises:
+        UserError: one is damaged.
+    """
+    images = []
+    for file in files:
+        try:
+            images.append(np.asarray(Image.open(file)))
+        except (OSError, SyntaxError) as error:  # Pillow's for a broken PNG
+            raise _damaged(file) from error
+    return torch.from_numpy(np.stack(images))
+
+
+def _load_batch(file: Path) -> Any:
+    try:
+        return np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(file) from error
+
+
+def _damaged(file: Path) -> UserError:
+    return UserError(f"{file} is damaged: delete it and type the same command again")
 
 
 def free_folder(
@@ -239,7 +265,7 @@ class NpzFile:
         for first, _, file in self._parts():
             if first >= count:
                 break
-            parts.append(np.load(file, mmap_mode="r")[: count - first])
+            parts.append(_load_batch(file)[: count - first])
         return torch.from_numpy(np.concatenate(parts))
 
     def finish(self, progress: bool = False) -> None:
@@ -260,12 +286,12 @@ class NpzFile:
         whole = self.partial / _WHOLE
         with atomic_file(whole) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             with _member(archive, "arr_0.npy") as member:
-                shape = (len(self.labels), *np.load(parts[0][2], mmap_mode="r").shape[1:])
+                shape = (len(self.labels), *_load_batch(parts[0][2]).shape[1:])
                 np.lib.format.write_array_header_1_0(
                     member, {"descr": "|u1", "fortran_order": False, "shape": shape}
                 )
                 for *_, file in tqdm(parts, f"writing {self.path.name}", disable=not progress):
-                    member.write(np.load(file).tobytes())
+                    member.write(_load_batch(file).tobytes())
             with _member(archive, "arr_1.npy") as member:
                 np.lib.format.write_array(member, np.asarray(self.labels, dtype=np.int64))
             with _member(archive, SETTINGS_FILE) as member:

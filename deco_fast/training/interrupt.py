@@ -1,7 +1,9 @@
-"""Ctrl-C and SIGTERM end a run after the current step, with its checkpoint written."""
+"""Ctrl-C, SIGTERM and a closed terminal end a run after the current step, with its checkpoint
+written."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +42,7 @@ class Interrupt:
 
 @contextmanager
 def catch_interrupt() -> Iterator[Interrupt]:
-    """Note SIGINT and SIGTERM instead of dying of them.
+    """Note SIGINT, SIGTERM and SIGHUP instead of dying of them; SIGHUP not under nohup.
 
     A second Ctrl-C is not held back. A second SIGTERM is: a scheduler may send one to all processes
     and torchrun, who got it too, another to its own.
@@ -48,14 +50,29 @@ def catch_interrupt() -> Iterator[Interrupt]:
     interrupt = Interrupt()
     previous: dict[signal.Signals, Any] = {}
 
+    terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+
     def note(number: int, frame: FrameType | None) -> None:
         interrupt.signal = interrupt.signal or signal.Signals(number)
         signal.signal(signal.SIGINT, previous[signal.SIGINT])
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            # The terminal is gone, and what is written to it would be an error.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in terminals:
+                os.dup2(nowhere, stream)
+            os.close(nowhere)
 
-    for caught in (signal.SIGINT, signal.SIGTERM):
+    for caught in (signal.SIGINT, signal.SIGTERM, *_hang_up()):
         previous[caught] = signal.signal(caught, note)
     try:
         yield interrupt
     finally:
         for caught, handler in previous.items():
             signal.signal(caught, handler)
+
+
+def _hang_up() -> tuple[signal.Signals, ...]:
+    """SIGHUP, where there is one and nohup has not had it ignored."""
+    if not hasattr(signal, "SIGHUP") or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        return ()
+    return (signal.SIGHUP,)

@@ -144,12 +144,13 @@ class RunFolder:
     def drop_old_checkpoints(self, keep: int, step: int) -> None:
         """Delete all but the newest `keep` complete checkpoints up to a step.
 
-        A later one stays: it is damaged and could not be set aside.
+        That of the step itself stays whatever it is. A later one stays: it is damaged and could not
+        be set aside.
         """
         newest = self.checkpoint(step).name
         complete = [path for path in complete_checkpoints(self.path) if path.name <= newest]
         for folder in self.written_checkpoints():
-            if folder.name <= newest and folder not in complete[:keep]:
+            if folder.name < newest and folder not in complete[:keep]:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def set_aside(self, checkpoint: Path) -> Path:
@@ -171,13 +172,13 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has made all its steps."""
+        """Whether the run has made all its steps, and has what came of them."""
         if not (self.path / "finished").exists():
             return False
         newest = self.newest_checkpoint()
         steps = self.config.training.steps
         # It may have had fewer steps to make when it was finished.
-        return newest is None or newest.name >= self.checkpoint(steps).name
+        return newest is not None and newest.name >= self.checkpoint(steps).name
 
     def mark_finished(self) -> None:
         """Note that the run has made all its steps."""
