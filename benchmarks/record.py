@@ -167,9 +167,16 @@ def _run(command: Sequence[str], environment: dict[str, str], log: IO[str], seco
         subprocess.TimeoutExpired: it took too long, was interrupted, which lets pytest save what it
             has, and killed if it went on.
     """
-    with subprocess.Popen(
+    # Of a shell's background job, and what it starts would be deaf too.
+    deaf = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if deaf:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-    ) as process:
+    )
+    if deaf:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with process:
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:

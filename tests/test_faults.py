@@ -296,6 +296,7 @@ def test_a_closed_terminal_stops_a_run_like_sigterm(monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match="descriptor"):
         os.write(terminal, b"gone")
     copies = [os.dup(stream) for stream in (1, 2)]
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         os.dup2(terminal, 2)
         monkeypatch.setattr(os, "isatty", lambda stream: stream == 2)
@@ -308,7 +309,7 @@ def test_a_closed_terminal_stops_a_run_like_sigterm(monkeypatch: pytest.MonkeyPa
             os.dup2(copy, stream)
             os.close(copy)
         os.close(terminal)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with catch_interrupt() as interrupt:
             os.kill(os.getpid(), signal.SIGHUP)
