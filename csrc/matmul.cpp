@@ -26,30 +26,6 @@ constexpr bool kHasPairs = false;
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// `count` elements and zeros after them.
-template <class T>
-DECO_INLINE Vector load_some(const T* from, int64_t count) {
-  if (count >= kLanes) {
-    return load(from);
-  }
-  T some[kLanes] = {};
-  if (count > 0) {
-    __builtin_memcpy(some, from, sizeof(T) * count);
-  }
-  return load(some);
-}
-
-template <class T>
-DECO_INLINE void store_some(T* to, Vector v, int64_t count) {
-  if (count >= kLanes) {
-    store(to, v);
-    return;
-  }
-  T some[kLanes];
-  store(some, v);
-  __builtin_memcpy(to, some, sizeof(T) * count);
-}
-
 // ---- Elements of 32 bits ----------------------------------------------------------------------
 
 // What T becomes in an operand.

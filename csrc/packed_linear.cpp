@@ -7,27 +7,6 @@ namespace {
 
 static_assert(kTileColumns % (2 * kLanes) == 0);
 
-// Fewer than kLanes at the end go through a vector of their own.
-template <class T>
-DECO_INLINE void store_some(T* to, Vector v, int64_t count) {
-  if (count >= kLanes) {
-    store(to, v);
-    return;
-  }
-  T some[kLanes];
-  store(some, v);
-  __builtin_memcpy(to, some, sizeof(T) * count);
-}
-
-DECO_INLINE Vector load_some(const float* from, int64_t count) {
-  if (count >= kLanes) {
-    return load(from);
-  }
-  float some[kLanes] = {};
-  __builtin_memcpy(some, from, sizeof(float) * count);
-  return load(some);
-}
-
 void split(const float* x, void* high, void* low, int64_t count) {
   auto* highs = static_cast<BFloat16*>(high);
   auto* lows = static_cast<BFloat16*>(low);

@@ -85,6 +85,30 @@ DECO_INLINE void store(BFloat16* to, Vector v) {
   __builtin_memcpy(to, &half, sizeof half);
 }
 
+// The first `count` elements, and zeros after them where these do not fill a vector.
+template <class T>
+DECO_INLINE Vector load_some(const T* from, int64_t count) {
+  if (count >= kLanes) {
+    return load(from);
+  }
+  T some[kLanes] = {};
+  if (count > 0) {
+    __builtin_memcpy(some, from, sizeof(T) * count);
+  }
+  return load(some);
+}
+
+template <class T>
+DECO_INLINE void store_some(T* to, Vector v, int64_t count) {
+  if (count >= kLanes) {
+    store(to, v);
+    return;
+  }
+  T some[kLanes];
+  store(some, v);
+  __builtin_memcpy(to, some, sizeof(T) * count);
+}
+
 #ifdef __AVX512BF16__
 // sum + even · even' + odd · odd', of a pair of bfloat16 with the pairs in the lanes of `right`.
 DECO_INLINE Vector add_products_of_pairs(Vector sum, const void* left, Vector right) {
