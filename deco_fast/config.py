@@ -26,7 +26,6 @@ from pydantic import (
 from deco_fast.data.transforms import Crop
 from deco_fast.errors import UserError, nearest
 from deco_fast.flow import TimestepDistribution, TimestepWeight
-from deco_fast.guidance import check_interval
 from deco_fast.losses import FrequencyMode
 from deco_fast.models.card import ModelCard, SamplingSettings, check_sampling
 from deco_fast.models.config import (
@@ -42,7 +41,7 @@ from deco_fast.models.config import (
 )
 from deco_fast.models.presets import preset
 from deco_fast.resources import config_folder
-from deco_fast.solvers import check_solver, time_grid
+from deco_fast.solvers import time_grid
 
 Count = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -269,8 +268,6 @@ class RunConfig(_Section):
                 f"alignment.layer {self.alignment.layer} does not exist: the DiT has "
                 f"{self.model.depth} blocks (model.depth)"
             )
-        if self.alignment.enabled and self.model.in_channels != 3:
-            raise ValueError("REPA needs RGB: set model.in_channels to 3, or --repa off")
         if self.model.in_channels != 3:
             raise ValueError(
                 f"data.dataset {self.data.dataset} reads RGB: set model.in_channels to 3"
@@ -279,9 +276,7 @@ class RunConfig(_Section):
             raise ValueError("data.root is empty: name a folder, or leave it out")
         if self.data.dataset == "folder" and isinstance(self.data.root, list):
             raise ValueError("data.dataset folder has one data.root: name one folder")
-        check_solver(self.sampling.solver, self.sampling.order)
         time_grid(self.sampling.steps, self.sampling.time_shift)
-        check_interval(self.sampling.guidance_interval)
         # A checkpoint with others could not be read.
         check_sampling(self.sampling)
         return self
