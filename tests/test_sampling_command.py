@@ -648,6 +648,18 @@ class TestKilled:
         assert main([*options, "--overwrite"]) == 0
         assert most_different(npz_images(Path("a.npz")), resumed) <= 1
 
+    def test_a_grid_that_goes_elsewhere_takes_the_place_of_nothing(
+        self, checkpoint: Path, killed: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        grid = Path("out/grid.png")
+        grid.parent.mkdir()
+        grid.write_bytes(b"of mine")
+        options = ("--checkpoint", str(checkpoint), *self.options)
+        assert main([*options, "--out", "out"]) == 2
+        assert "out/grid.png exists, where the grid of a.npz goes" in capsys.readouterr().err
+        assert grid.read_bytes() == b"of mine" and killed.exists()
+        assert main(list(options)) == 0
+
     def test_another_command_is_refused(
         self, checkpoint: Path, killed: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -251,6 +251,24 @@ class TestNpzFile:
         assert not other.finished
         assert other.pending(range(10)) == list(range(10))
 
+    def test_a_file_that_is_overwritten_stays_until_the_new_one_is_whole(
+        self, tmp_path: Path
+    ) -> None:
+        before = write_npz(tmp_path / "a.npz", [list(range(10))])
+        other = npz_file(tmp_path / "a.npz", seed=1)
+        other.open(overwrite=True)
+        other.write(range(9), pictures()[:9])
+        assert (tmp_path / "a.npz").read_bytes() == before
+        assert npz_file(tmp_path / "a.npz").finished
+        # Another process of the same command, and the command typed again.
+        assert not npz_file(tmp_path / "a.npz", seed=1).finished
+        other.open(overwrite=True)
+        other.write([9], pictures()[9:])
+        other.finish()
+        assert npz_file(tmp_path / "a.npz", seed=1).finished
+        assert (tmp_path / "a.npz").read_bytes() != before
+        assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
+
     def test_overwriting_goes_on_too(self, tmp_path: Path) -> None:
         write_npz(tmp_path / "a.npz", [list(range(10))])
         for pending in (list(range(10)), list(range(4, 10))):

@@ -44,6 +44,7 @@ from deco_fast.sampling.source import checkpoint_name, default_checkpoint
 from deco_fast.sampling.text_encoder import cut_prompts, open_text_encoder, text_encoder_path
 from deco_fast.sampling.writers import (
     GRID_FILE,
+    GRID_FOLDER_KEY,
     VERSION_KEY,
     NpzFile,
     PngFolder,
@@ -302,6 +303,8 @@ def _choose_output(plan: _Plan, options: argparse.Namespace, record: dict[str, A
     solver, steps = plan.settings.solver, plan.settings.steps
     parts = [checkpoint_name(plan.checkpoint), f"{solver}{steps}", f"seed{options.seed}"]
     parts += [plan.job.benchmark] if plan.job.benchmark else []
+    if options.npz:
+        record = record | {GRID_FOLDER_KEY: _grid_folder(options)}
     return plan.job.output(
         options.out or Path("samples") / "-".join(parts),
         record,
@@ -320,7 +323,9 @@ def _check_grid(options: argparse.Namespace, output: Output) -> None:
     if isinstance(output, PngFolder) or options.overwrite:
         return
     if isinstance(output, NpzFile):
-        option, is_begun = "--npz", output.path.exists() or output.partial.exists()
+        option, before = "--npz", output.settings_before
+        folder = _grid_folder(options)
+        is_begun = before is not None and before.get(GRID_FOLDER_KEY, folder) == folder
     else:
         option, is_begun = "--out", output.settings_file.exists()
     grid = _grid_path(options, output)
@@ -330,6 +335,11 @@ def _check_grid(options: argparse.Namespace, output: Output) -> None:
             f"{grid} exists, where the grid of {output.path} goes: choose another {option}, or "
             "--overwrite it"
         )
+
+
+def _grid_folder(options: argparse.Namespace) -> str | None:
+    """Of the grid of an npz file; None for the file's own."""
+    return str(options.out.absolute()) if options.out else None
 
 
 def _grid_path(options: argparse.Namespace, output: Output) -> Path:

@@ -33,13 +33,15 @@ SETTINGS_FILE = "settings.json"
 GRID_FILE = "grid.png"
 VERSION_KEY = "deco_fast"
 """The setting by which a settings.json is known as ours: the version that drew the images."""
+GRID_FOLDER_KEY = "grid_folder"
+"""The setting that says where the grid of an NpzFile goes; None for beside it."""
 
 _WHOLE = "whole.npz"
 _PARTS = rf"(\d{{8}})-(\d{{8}})\.npy|{re.escape(_WHOLE)}|{re.escape(SETTINGS_FILE)}"
 """What FILE.partial holds, of an NpzFile."""
 
-# The same images may come from elsewhere, by other means.
-_FREE = frozenset({"checkpoint", "device"})
+# The same images may come from elsewhere, by other means, and go elsewhere.
+_FREE = frozenset({"checkpoint", "device", GRID_FOLDER_KEY})
 
 
 class PngFolder:
@@ -182,7 +184,8 @@ class NpzFile:
 
     While they are drawn each batch is a file in `FILE.partial`, whose name says which images it
     holds. Batches survive whatever ends the program, and a run goes on from them; memory holds
-    one at a time. At the end they become FILE, which also has settings.json inside.
+    one at a time. At the end they become FILE, which also has settings.json inside; a FILE that is
+    to be overwritten stays until then.
 
     Args:
         path: FILE.
@@ -195,40 +198,53 @@ class NpzFile:
         self.settings = settings
         self.labels = labels
         self.partial = path.with_name(f"{path.name}.partial")
+        self._stored = self.partial / SETTINGS_FILE
 
     @property
     def finished(self) -> bool:
-        """Whether FILE is there."""
-        return self.path.exists()
+        """Whether FILE is there, and is not being drawn again."""
+        if not self.path.exists():
+            return False
+        with suppress(UserError):  # none that we would go on with
+            return not self._stored.exists() or bool(
+                changes(read_settings(self._stored), self.settings)
+            )
+        return True
+
+    @property
+    def settings_before(self) -> Settings | None:
+        """What images that are there, or begun, are drawn with; None where there are none.
+
+        Raises:
+            UserError: they do not say it.
+        """
+        for file in (self._stored, self.path):
+            if file.exists():
+                return read_settings(file)
+        return None
 
     def open(self, overwrite: bool = False) -> None:
-        """Make FILE.partial, unless it is there or FILE is; `overwrite` drops what is in the way.
+        """Make FILE.partial, unless it is there or FILE is; `overwrite` drops batches in the way.
 
         Raises:
             UserError: it cannot be written, or there are images of other settings, or, with
                 `overwrite` too, files in FILE.partial that are not ours.
         """
-        stored = self.partial / SETTINGS_FILE
         if overwrite:
             # Before anything is deleted.
             if foreign := self._foreign():
                 raise UserError(f"{foreign[0]} is not ours: delete it, or choose another --npz")
-            if stored.exists():
-                read_settings(stored)
-        if self.finished:
-            if overwrite:
-                with writing(self.path):
-                    self.path.unlink()
-            else:
-                self._refuse_other(read_settings(self.path), self.path)
+        elif self.path.exists():
+            self._refuse_other(read_settings(self.path), self.path)
+            if self.finished:
                 return
         if self.partial.is_dir() and any(self.partial.iterdir()):
             if not overwrite:
-                self._refuse_other(read_settings(stored), self.partial)
-            elif not stored.exists() or changes(read_settings(stored), self.settings):
+                self._refuse_other(read_settings(self._stored), self.partial)
+            elif not self._stored.exists() or changes(read_settings(self._stored), self.settings):
                 # The folder itself stays: it is locked.
                 self._empty_partial()
-        write_settings(stored, self.settings)
+        write_settings(self._stored, self.settings)
 
     def _refuse_other(self, before: Settings, place: Path) -> None:
         if difference := changes(before, self.settings):
@@ -317,6 +333,8 @@ class NpzFile:
         """Delete what is ours in FILE.partial."""
         foreign = self._foreign()
         with writing(self.partial):
+            # First: with it FILE is being drawn again.
+            self._stored.unlink(missing_ok=True)
             for file in self.partial.iterdir():
                 if file not in foreign:
                     file.unlink()
