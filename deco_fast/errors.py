@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import NoReturn, ParamSpec
 
+from deco_fast.output import enduring_output
+
 P = ParamSpec("P")
 
 
@@ -68,7 +70,8 @@ def run_command(main: Callable[P, int | None]) -> Callable[P, int]:
     """Decorate a command's `main` so that it returns an exit status and never a traceback.
 
     `report` says what becomes of a `UserError` and of an interrupt. Any other exception is a fault
-    of ours and is raised. The console scripts and the scripts at the root pass the returned status
+    of ours and is raised. Output that nobody reads any more is none: the command goes on. The
+    console scripts and the scripts at the root pass the returned status
     to `sys.exit`.
 
     Example::
@@ -79,14 +82,15 @@ def run_command(main: Callable[P, int | None]) -> Callable[P, int]:
 
     @functools.wraps(main)
     def command(*args: P.args, **kwargs: P.kwargs) -> int:
-        try:
-            return main(*args, **kwargs) or 0
-        except (UserError, KeyboardInterrupt, SystemExit) as error:
-            return report(error)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return report(error)
+        with enduring_output():
+            try:
+                return main(*args, **kwargs) or 0
+            except (UserError, KeyboardInterrupt, SystemExit) as error:
+                return report(error)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return report(error)
 
     return command
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 from deco_fast.training.distributed import Processes
+
+_ANSWER = b"\nstopping after this step and its checkpoint; Ctrl-C again stops at once, without it\n"
 
 
 class Interrupt:
@@ -41,26 +43,26 @@ class Interrupt:
 
 
 @contextmanager
-def catch_interrupt() -> Iterator[Interrupt]:
+def catch_interrupt(*, tell: bool = False) -> Iterator[Interrupt]:
     """Note SIGINT, SIGTERM and SIGHUP instead of dying of them; SIGHUP not under nohup.
 
     A second Ctrl-C is not held back. A second SIGTERM is: a scheduler may send one to all processes
     and torchrun, who got it too, another to its own.
+
+    Args:
+        tell: answer the first Ctrl-C on stderr: a step may take long, and the second loses the
+            checkpoint.
     """
     interrupt = Interrupt()
     previous: dict[signal.Signals, Any] = {}
 
-    terminals = [stream for stream in (1, 2) if os.isatty(stream)]
-
     def note(number: int, frame: FrameType | None) -> None:
+        if tell and interrupt.signal is None and number == signal.SIGINT:
+            # Not by print, which may be at work where the signal came.
+            with suppress(OSError):
+                os.write(2, _ANSWER)
         interrupt.signal = interrupt.signal or signal.Signals(number)
         signal.signal(signal.SIGINT, previous[signal.SIGINT])
-        if number not in (signal.SIGINT, signal.SIGTERM):
-            # The terminal is gone, and what is written to it would be an error.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for stream in terminals:
-                os.dup2(nowhere, stream)
-            os.close(nowhere)
 
     for caught in (signal.SIGINT, signal.SIGTERM, *_hang_up()):
         previous[caught] = signal.signal(caught, note)

@@ -124,7 +124,7 @@ class Trainer:
             monitor,
             closing(writer),
             closing(self.training),
-            catch_interrupt() as interrupt,
+            catch_interrupt(tell=self.processes.is_main) as interrupt,
         ):
             while self.step < config.training.steps:
                 asked = time.perf_counter()
