@@ -51,7 +51,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(_Section):
@@ -231,7 +231,12 @@ class RunConfig(_Section):
         model = fields.get("model")
         if isinstance(model, dict) and "preset" in model:
             rest = {key: value for key, value in model.items() if key != "preset"}
-            fields = {**fields, "model": preset(str(model["preset"])).config.to_json() | rest}
+            named = preset(str(model["preset"])).config.to_json()
+            network = NETWORKS.get(network_of(named | rest))
+            if network is not None:
+                own = {part.name for part in dataclasses.fields(network)}
+                named = {key: value for key, value in named.items() if key in own}
+            fields = {**fields, "model": named | rest}
         return fields
 
     @model_validator(mode="after")
@@ -349,6 +354,19 @@ def _dataclasses(kind: Any) -> list[Any]:
     return [each for each in bare if dataclasses.is_dataclass(each)]
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """Refuses a key that a section has twice: PyYAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key '{key}' is there twice", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def _read(name_or_file: str) -> dict[str, Any]:
     path = Path(name_or_file)
     if path.suffix not in (".yaml", ".yml"):
@@ -357,7 +375,7 @@ def _read(name_or_file: str) -> dict[str, Any]:
             names = [file.stem for file in config_folder().glob("*.yaml")]
             raise UserError(f"unknown configuration '{name_or_file}'{nearest(name_or_file, names)}")
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such configuration file") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -58,7 +58,7 @@ def enduring_output() -> Iterator[None]:
     """Inside, what is printed and cannot be written is lost, and nothing else."""
     before = sys.stdout, sys.stderr
     # None where the command was started without.
-    streams = [stream and _EnduringStream(stream) for stream in before]
+    streams = [None if stream is None else _EnduringStream(stream) for stream in before]
     sys.stdout, sys.stderr = cast(list[TextIO], streams)
     try:
         yield

@@ -163,6 +163,17 @@ def test_overrides_take_the_type_of_their_key() -> None:
     )
 
 
+@pytest.mark.parametrize("network", ["pixel-dit", "pixnerd", "pixddt"])
+def test_another_network_takes_what_it_knows_of_a_preset(network: str) -> None:
+    model = load_config("deco-digits", ["--model.network", network]).model
+    preset = PRESETS["deco-digits"].config
+    assert model.kind == network
+    for key in ("hidden_size", "depth", "num_heads", "patch_size", "num_classes"):
+        assert getattr(model, key) == getattr(preset, key)
+    with pytest.raises(UserError, match=r"unknown key 'model\.decoder_depht'"):
+        load_config("deco-digits", ["--model.network", network, "--model.decoder_depht", "2"])
+
+
 def test_a_number_without_a_dot_in_yaml_is_a_number(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
@@ -204,6 +215,8 @@ def test_a_number_without_a_dot_in_yaml_is_a_number(tmp_path: Path) -> None:
         (["--sampling.guidance_rescale", "5"], "guidance_rescale must be 0 … 1"),
         (["--sampling.guidance_scale", "nan"], "guidance_scale must be finite"),
         (["--alignment.enabled", "on", "--alignment.layer", "9"], "alignment.layer 9 .* 4 blocks"),
+        (["--model.class_embedding_std", "nan"], "model.class_embedding_std: .*finite.*nan"),
+        (["--loss.gamma", "inf"], "loss.gamma: .*finite.*inf"),
         (["--alignment.weight", "0"], "alignment.weight: .*greater than 0"),
         (["--model.preset", "deco-digit"], "unknown preset 'deco-digit'; did you mean"),
     ],
@@ -222,6 +235,8 @@ def test_a_typing_error_is_named_with_its_remedy(overrides: list[str], message: 
         ("", "must hold sections"),
         ("name: x\nmodel: {preset: deco-digits}\n", "'training' is not set"),
         ("name: x\nmodel:\npreset: deco-digits\ntraining: {steps: 2}\n", "unknown key 'preset'"),
+        ("name: x\nname: y\n", "the key 'name' is there twice in .*line 1"),
+        ("name: x\ntraining: {steps: 2, steps: 3}\n", "the key 'steps' is there twice.*line 2"),
         ("name: x\nmodel: 5\ntraining: {steps: 2}\n", "model: .*dictionary"),
         ("name: x\ntraining: {steps: 2}\n", "'model' is not set: .* give --model.preset NAME"),
     ],

@@ -408,6 +408,49 @@ def test_an_error_among_gpus_ends_the_process_without_waiting_for_the_others(
     assert capsys.readouterr().err.startswith("error: out of memory (Tried to allocate 2 GiB)")
 
 
+# Data that cannot be read any more
+
+
+def run_out_of_data(folder: Path, failing_rank: int) -> None:
+    """A process cannot read what is in its fourth batch; the other one does not know."""
+    original = DigitsDataset.__getitem__
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    config = load_config("deco-digits", TINY)
+    order = EpochBatches(len(DigitsDataset()), 8, config.training.seed, rank, size, 3)
+    lost = next(iter(order))[0]
+
+    def read(self: DigitsDataset, index: int) -> tuple[torch.Tensor, int]:
+        if rank == failing_rank and index == lost:
+            raise UserError("the disk is gone: mount it")
+        return original(self, index)
+
+    DigitsDataset.__getitem__ = read  # type: ignore[method-assign]
+    with open(folder.with_name(f"said-{rank}"), "w") as said:
+        sys.stdout = sys.stderr = said
+        assert run(folder, 6) == 2
+    DigitsDataset.__getitem__ = original  # type: ignore[method-assign]
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+
+
+@pytest.mark.parametrize(("processes", "failing"), [(1, 0), (2, 0), (2, 1)])
+def test_data_that_cannot_be_read_any_more_costs_no_step(
+    tmp_path: Path, processes: int, failing: int
+) -> None:
+    folder = tmp_path / "run"
+    in_processes(processes, run_out_of_data, folder, failing)
+    checkpoint = folder / "checkpoints" / "step-00000003"
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in range(processes)]
+    assert (
+        f"error: the disk is gone: mount it; saved {checkpoint}, from which the same command goes "
+        "on\n"
+    ) in said[failing]
+    if failing == 1:
+        assert f"another process has no data: saved {checkpoint}; the same command" in said[0]
+    in_processes(processes, run_unbroken, folder, 6)
+    in_processes(processes, run_unbroken, tmp_path / "whole", 6)
+    assert_identical(saved(folder, 6), saved(tmp_path / "whole", 6))
+
+
 # A loss that is no number, or explodes
 
 

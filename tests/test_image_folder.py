@@ -180,8 +180,9 @@ def test_what_others_found_counts(folder: Path) -> None:
     dataset[4]
     dataset.damage.merge(torch.tensor([False, False, False, False, True, True]))
     assert dataset.damage.indices() == [4, 5]
+    dataset.damage.merge(torch.tensor([True, False, False, False, False, False]))
     with pytest.raises(UserError, match="3 of 6"):
-        dataset.damage.merge(torch.tensor([True, False, False, False, False, False]))
+        dataset.damage.check()
 
 
 def test_nothing_readable_ends_the_run(tmp_path: Path) -> None:

@@ -336,6 +336,11 @@ class TestInstalled:
             assert "error:" in result.stderr
             assert "Traceback" not in result.stderr
 
+    def test_an_installed_command_calls_itself_so(self, python: Path, tmp_path: Path) -> None:
+        result = _run([str(python.with_name("deco-sample")), "--help"], tmp_path)
+        assert result.stdout.startswith("usage: deco-sample ")
+        assert "torchrun --nproc-per-node 8 -- $(which deco-sample) --num" in result.stdout
+
     @pytest.mark.parametrize("mode", ["lenient", "strict"])
     def test_editable_install(
         self, mode: str, tmp_path: Path, compile_once: dict[str, str]

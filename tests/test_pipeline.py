@@ -755,13 +755,36 @@ class TestExport:
         assert main(["export", str(checkpoint), folder]) == 0
         assert main(["export", str(checkpoint), folder]) == 2
         assert main(["export", str(checkpoint), folder, "--force"]) == 0
+        assert main(["export", "", folder]) == main(["convert", str(checkpoint), ""]) == 2
         (tmp_path / "published" / "mine.txt").write_text("mine")
         assert main(["export", str(checkpoint), folder, "--force"]) == 2
         errors = capsys.readouterr().err.splitlines()
-        assert len(errors) == 3
+        assert len(errors) == 5
         assert "does not exist" in errors[0]
         assert "--force" in errors[1]
-        assert "mine.txt" in errors[2]
+        assert errors[2] == "error: argument CHECKPOINT: is empty: name a path"
+        assert errors[3] == "error: argument OUT: is empty: name a path"
+        assert "mine.txt" in errors[4]
+
+    def test_an_edited_readme_stays(
+        self, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = tmp_path / "published"
+        arguments = ["export", str(checkpoint), str(folder), "--force"]
+        assert main(arguments) == 0
+        written = (folder / "README.md").read_text(encoding="utf-8")
+        assert main(arguments) == 0
+        assert not (folder / "README.new.md").exists()
+        edited = written.replace("# license: its owner's choice, such as mit", "license: mit")
+        (folder / "README.md").write_text(edited, encoding="utf-8")
+        for _ in range(2):
+            capsys.readouterr()
+            assert main(arguments) == 0
+            assert "README.md stays as it was: compare it with README.new.md" in (
+                capsys.readouterr().out
+            )
+            assert (folder / "README.md").read_text(encoding="utf-8") == edited
+            assert (folder / "README.new.md").read_text(encoding="utf-8") == written
 
     @pytest.mark.parametrize("scheme", ["", "beside:../"], ids=["a path", "beside"])
     def test_a_checkpoint_does_not_choose_what_is_published(

@@ -20,11 +20,12 @@ def load_encoder(
     purpose: str = "REPA",
     option: str = "--repa",
     instead: str = "train without REPA by --repa off",
+    size: str = "b",
 ) -> DINOv2:
     """The frozen encoder from a weight file.
 
     Args:
-        path, purpose, option, instead: as for `deco_fast.alignment.weights.load_dinov2`.
+        path, purpose, option, instead, size: as for `deco_fast.alignment.weights.load_dinov2`.
         patch_size, precision: as for `DINOv2`.
 
     Raises:
@@ -38,4 +39,4 @@ def load_encoder(
         raise UserError(
             f"{purpose} needs the package transformers: pip install 'deco-fast[repa]', or {instead}"
         ) from error
-    return DINOv2(load_dinov2(path, purpose, option, instead), patch_size, precision)
+    return DINOv2(load_dinov2(path, purpose, option, instead, size), patch_size, precision)

@@ -19,7 +19,7 @@ from deco_fast.checkpoint.format import weights_file
 from deco_fast.errors import UserError
 from deco_fast.quiet import quiet_transformers
 
-_SOURCE = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth"
+_SOURCE = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vit{0}14/dinov2_vit{0}14_pretrain.pth"
 
 _HEAD_DIM = 64  # in every DINOv2; tensors do not tell it
 
@@ -49,14 +49,15 @@ def load_dinov2(
     purpose: str = "REPA",
     option: str = "--repa",
     instead: str = "train without REPA by --repa off",
+    size: str = "b",
 ) -> Dinov2Model:
     """DINOv2 of any size without registers, on the CPU in float32.
 
     Args:
         path: the original's `dinov2_vitb14_pretrain.pth`, Hugging Face's `model.safetensors` (or
             the folder with it), or "hf:owner/repository/file".
-        purpose, option, instead: for messages: what needs the network, the option that names its
-            file, and what can be done without it.
+        purpose, option, instead, size: for messages: what needs the network, the option that names
+            its file, what can be done without it, and which size is meant, "b" or "l".
 
     Raises:
         UserError: the file is missing, damaged, has code in it, or is of another network.
@@ -65,7 +66,8 @@ def load_dinov2(
         return _load(locate(path))
     except UserError as error:
         raise UserError(
-            f"{purpose} needs DINOv2: {error}; give {_SOURCE} by {option} FILE, or {instead}"
+            f"{purpose} needs DINOv2: {error}; give {_SOURCE.format(size)} by {option} FILE, or "
+            f"{instead}"
         ) from error
 
 

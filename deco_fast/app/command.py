@@ -6,16 +6,17 @@ import shlex
 
 from deco_fast.app.request import DrawRequest
 from deco_fast.app.served import ServedModel
+from deco_fast.cli.installed import command_words
 
 
 def sample_command(served: ServedModel, request: DrawRequest) -> list[str]:
-    """The words of `python sample.py …`.
+    """The words of `python sample.py …`, or of `deco-sample …` for an installed `deco-app`.
 
     Images of one batch size on one machine are the same bits; so the batch size is among them.
     """
     settings, origin = request.settings, served.origin
     low, high = settings.guidance_interval
-    words = ["python", "sample.py", f"--checkpoint={origin.checkpoint}"]
+    words = [*command_words("sample"), f"--checkpoint={origin.checkpoint}"]
     if origin.preset:
         words.append(f"--preset={origin.preset}")
     words += [f"--weights={origin.weights}", f"--num={request.num}", f"--seed={request.seed}"]

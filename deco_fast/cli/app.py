@@ -17,6 +17,7 @@ from deco_fast.checkpoint import load_checkpoint
 from deco_fast.checkpoint.find import HUB_SCHEME, is_shipped, locate
 from deco_fast.checkpoint.format import WEIGHTS
 from deco_fast.checkpoint.load import check_architecture, open_checkpoint
+from deco_fast.cli.installed import command_name
 from deco_fast.cli.parser import CommandParser, checked, not_empty, one_of, whole_number
 from deco_fast.cli.sample_options import DTYPES, MATMUL_PRECISIONS
 from deco_fast.config import load_config
@@ -137,7 +138,8 @@ def _short(path: Path) -> str:
 def _parser() -> CommandParser:
     defaults = Limits()
     parser = CommandParser(
-        prog="app.py", description="Draw images in a browser, on a page that this machine serves."
+        prog=command_name("app"),
+        description="Draw images in a browser, on a page that this machine serves.",
     )
     model = parser.add_argument_group("model")
     model.add_argument(

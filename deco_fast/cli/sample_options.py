@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from deco_fast.checkpoint.format import WEIGHTS
+from deco_fast.cli.installed import command_name, script_path
 from deco_fast.cli.parser import (
     CommandParser,
     checked,
@@ -33,12 +34,13 @@ MATMUL_PRECISIONS = ("highest", "high")
 
 def sample_parser() -> CommandParser:
     """The parser; a value that is wrong by itself is refused by it."""
+    script = script_path("sample")
     parser = CommandParser(
-        prog="sample.py",
+        prog=command_name("sample"),
         description="Draw images: a grid and single PNG files, or an npz file for the ADM\n"
         "evaluation suite. Image i begins from the same noise whatever the batch size or\n"
         "the number of processes. To share the work between 8 GPUs:\n\n"
-        "  torchrun --nproc-per-node 8 -- sample.py --num 50000 --npz samples.npz\n\n"
+        f"  torchrun --nproc-per-node 8 -- {script} --num 50000 --npz samples.npz\n\n"
         "(without the -- torchrun takes --num for its own --numa-binding)",
         epilog="recipes of the paper (with its guidance: 3.2 in (0.1, 1], 5.0 from 512×512):\n"
         + "\n".join(f"  {name:<11} {recipe.description}" for name, recipe in RECIPES.items()),

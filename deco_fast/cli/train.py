@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from deco_fast import ops
 from deco_fast.checkpoint.lock import alone_in
+from deco_fast.cli.installed import command_name, command_words
 from deco_fast.cli.parser import CommandParser, not_empty, to_path
 from deco_fast.compiling import explain_compile_errors, keep_compiled_code
 from deco_fast.config import RunConfig, load_config, option_help
 from deco_fast.errors import UserError, nearest, run_command
 from deco_fast.kernels.capability import has_fast_bfloat16
-from deco_fast.training.distributed import Processes, join_processes
+from deco_fast.training.distributed import Processes, join_processes, pick_device
 from deco_fast.training.estimate import estimate
 from deco_fast.training.run_folder import RunFolder
 from deco_fast.training.time_limit import parse_duration
@@ -39,10 +40,11 @@ def main(argv: list[str] | None = None) -> int:
             "--data.dataset folder, or leave it out"
         )
     path = options.out or Path("runs") / config.name
-    if options.dry_run:
-        return _dry_run(config, path)
     end = None if options.max_time is None else started + parse_duration(options.max_time)
     ops.check_backend("pixel_decoder", "flow_matching_loss")
+    if options.dry_run:
+        pick_device(options.device)
+        return _dry_run(config, path)
     with join_processes(options.device) as processes:
         return _train(config, path, processes, end)
 
@@ -62,7 +64,7 @@ def _train(config: RunConfig, path: Path, processes: Processes, end: float | Non
     processes.barrier()
     if folder.finished:
         say(f"{path} has finished all {config.training.steps:,} steps")
-        say(f"draw from it: python sample.py --checkpoint {path}")
+        say(f"draw from it: {' '.join(command_words('sample'))} --checkpoint {path}")
         return 0
     initial = None
     if config.training.init_from is not None and folder.newest_checkpoint() is None:
@@ -102,17 +104,23 @@ def _run(trainer: Trainer, initial: InitialWeights | None, say: Callable[[str], 
     with explain_compile_errors("set --training.compile false"):
         interrupt = trainer.run()
     if trainer.step < config.training.steps:
-        why = f"{interrupt.signal.name}" if interrupt.signal is not None else "time limit"
+        why = "time limit" if interrupt.signal is None else interrupt.signal.name
+        if interrupt.data_failed:
+            why = "another process has no data"
         saved = folder.checkpoint(trainer.step)
         say(f"{why}: saved {saved}; the same command goes on from there")
         return interrupt.exit_status
     say(f"finished: {folder.checkpoint(trainer.step)}")
-    say(f"draw from it: python sample.py --checkpoint {path}")
+    say(f"draw from it: {' '.join(command_words('sample'))} --checkpoint {path}")
     return 0
 
 
 def _dry_run(config: RunConfig, path: Path) -> int:
     training = config.training
+    if training.init_from is not None:
+        from deco_fast.training.initial import open_initial_weights
+
+        open_initial_weights(training.init_from, config.model)
     print(config.to_yaml(), end="")
     print(f"\nrun folder          {path}")
     print(estimate(config).describe(training.batch_size // training.gradient_accumulation))
@@ -147,9 +155,10 @@ def _parser() -> CommandParser:
         for key, default, description in option_help()
     )
     parser = CommandParser(
-        prog="train.py",
+        prog=command_name("train"),
         description="Train a DeCo model; typed again, the same command goes on where it was.",
-        epilog=f"Every key of the configuration is an option as well:\n{keys}",
+        epilog="Every key of the configuration is an option as well. The defaults are of keys that "
+        f"it\ndoes not have; --dry-run prints what each of them is:\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

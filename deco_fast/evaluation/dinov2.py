@@ -36,6 +36,7 @@ class DINOv2Extractor:
             purpose="--features dinov2",
             option="--weights",
             instead="choose other --features",
+            size="l",
         )
         self._encoder = encoder.to(device)
         self.fingerprint: str = encoder.fingerprint

@@ -29,6 +29,11 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def plain(text: str) -> str:
+    """A name as matplotlib is to show it: between two $ it would read a formula."""
+    return text.replace("$", r"\$")
+
+
 def save_figure(figure: Figure, paths: Sequence[Path]) -> None:
     """Write it in the formats of the files' names, PNG or SVG.
 

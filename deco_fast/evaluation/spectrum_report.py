@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deco_fast.checkpoint.atomic import atomic_file
-from deco_fast.evaluation.figures import new_figure, save_figure
+from deco_fast.evaluation.figures import new_figure, plain, save_figure
 from deco_fast.evaluation.spectrum import DIT_OUTPUT, TRUE_VELOCITY, VELOCITY, Spectrum
 
 _COLUMNS = ("model", "signal", "timestep", "frequency", "energy", "share")
@@ -55,7 +55,7 @@ def draw_spectra(spectra: Sequence[Spectrum], paths: Sequence[Path]) -> None:
                         spectrum.share.numpy(),
                         color=f"C{models.index(spectrum.model)}",
                         linewidth=1.3,
-                        label=spectrum.model,
+                        label=plain(spectrum.model),
                     )
                 elif signal == VELOCITY and spectrum.signal == TRUE_VELOCITY:
                     axes.semilogy(

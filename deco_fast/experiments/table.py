@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deco_fast.checkpoint.atomic import atomic_file
-from deco_fast.evaluation.figures import new_figure, save_figure
+from deco_fast.evaluation.figures import new_figure, plain, save_figure
 from deco_fast.experiments.folder import CSV_FILE, FIGURE_FILES, MARKDOWN_FILE
 from deco_fast.experiments.suite import Suite
 
@@ -143,6 +143,6 @@ def _draw(
                 axes.plot([mean], [place], "|", color="black", markersize=16)
         axes.set_title(names[metric], fontsize=9)
         axes.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(groups)), list(groups))
+    panels[0].set_yticks(range(len(groups)), list(map(plain, groups)))
     panels[0].invert_yaxis()
     save_figure(figure, paths)

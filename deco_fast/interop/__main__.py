@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from deco_fast.checkpoint.format import WEIGHTS
-from deco_fast.cli.parser import CommandParser
+from deco_fast.cli.parser import CommandParser, not_empty
 from deco_fast.errors import run_command
 from deco_fast.interop.convert import convert
 from deco_fast.interop.model_folder import export
@@ -26,11 +26,13 @@ def _parser() -> CommandParser:
     )
     command.add_argument(
         "source",
+        type=not_empty,
         metavar="IN",
         help="a checkpoint or run folder, a .safetensors, a .ckpt, or hf:owner/repository/file",
     )
     command.add_argument(
         "destination",
+        type=not_empty,
         metavar="OUT",
         help="NAME.ckpt: published layout; NAME.safetensors: one network; else a folder of ours",
     )
@@ -48,8 +50,8 @@ def _parser() -> CommandParser:
         help="a folder to publish: config.json, safetensors and a model card",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    command.add_argument("source", metavar="CHECKPOINT", help="as IN of convert")
-    command.add_argument("destination", metavar="FOLDER", help="a new folder")
+    command.add_argument("source", type=not_empty, metavar="CHECKPOINT", help="as IN of convert")
+    command.add_argument("destination", type=not_empty, metavar="FOLDER", help="a new folder")
     command.add_argument("--weights", choices=WEIGHTS, default="ema", help="the network")
     command.add_argument("--preset", metavar="NAME", help="as of convert")
     command.add_argument("--force", action="store_true", help="replace FOLDER if it exists")

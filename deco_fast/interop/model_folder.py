@@ -32,12 +32,14 @@ PIPELINE_FILE = "model_index.json"
 """What diffusers knows a pipeline by."""
 
 README_FILE = "README.md"
+NEW_README_FILE = "README.new.md"
 TEXT_ENCODER_FOLDER = "text_encoder"
 
 _FILES = (
     CONFIG_FILE,
     PIPELINE_FILE,
     README_FILE,
+    NEW_README_FILE,
     TEXT_ENCODER_FOLDER,
     *map(weights_file, WEIGHTS),
 )
@@ -63,7 +65,8 @@ def write_model_folder(
     """Write config.json, model_index.json, README.md and WEIGHTS.safetensors.
 
     A text encoder in a folder is copied into `text_encoder/`; one on the hub is named. A model
-    folder that is already there is replaced, whole or not at all.
+    folder that is already there is replaced, whole or not at all, but for a README.md that says
+    something else, as an edited one does: it stays, and the new one is README.new.md.
 
     Args:
         folder: where.
@@ -96,8 +99,11 @@ def write_model_folder(
         _write_json(
             temporary / PIPELINE_FILE, {"_class_name": "DeCoPipeline", "transformer": names}
         )
-        readme = model_readme(Header(weights, config, card), tensors)
-        (temporary / README_FILE).write_text(readme, encoding="utf-8")
+        readme = model_readme(Header(weights, config, card), tensors).encode()
+        (temporary / README_FILE).write_bytes(readme)
+        if (folder / README_FILE).exists() and (folder / README_FILE).read_bytes() != readme:
+            (temporary / README_FILE).rename(temporary / NEW_README_FILE)
+            shutil.copyfile(folder / README_FILE, temporary / README_FILE)
     return folder
 
 
@@ -156,7 +162,10 @@ def export(
     notes += [f"not carried: {part}" for part in opened.left_out]
     if opened.projector():
         notes.append("not carried: the projector of representation alignment")
-    notes.append("README.md names no licence: add one before the folder is published")
+    if Path(folder, NEW_README_FILE).exists():
+        notes.append(f"{README_FILE} stays as it was: compare it with {NEW_README_FILE}")
+    else:
+        notes.append(f"{README_FILE} names no licence: add one before the folder is published")
     return notes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -22,7 +23,7 @@ class NetworkConfig:
         ValueError: a field is out of range.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  pydantic reads it off the class
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012  pydantic reads it off the class
 
     hidden_size: int = field(metadata={"help": "width of the DiT, a multiple of 4 × num_heads"})
     depth: int = field(metadata={"help": "DiT blocks"})
@@ -99,8 +100,10 @@ class ClassConfig(NetworkConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.class_embedding_std < 0:
-            raise ValueError("class_embedding_std must not be negative")
+        if not 0 <= self.class_embedding_std < math.inf:
+            raise ValueError(
+                f"class_embedding_std must be at least 0 and finite, not {self.class_embedding_std}"
+            )
 
     @property
     def mlp_hidden_size(self) -> int:

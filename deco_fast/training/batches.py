@@ -88,9 +88,6 @@ class Batches:
         Every process has to call it, as they tell each other what they found damaged: `damaged`
         holds the numbers of these images. The epoch, and how many samples of it have been drawn,
         follow from the step; they are there for people.
-
-        Raises:
-            UserError: more images are damaged than may be.
         """
         damage = self.dataset.damage
         if damage is not None:
@@ -132,6 +129,7 @@ class Batches:
             flags = torch.zeros_like(damage.flags)
             flags[torch.tensor(state["damaged"])] = True
             damage.merge(flags)
+            damage.check()
 
 
 def open_dataset(config: RunConfig, processes: Processes | None = None) -> TrainingImages:

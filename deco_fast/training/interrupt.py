@@ -15,30 +15,47 @@ from deco_fast.training.distributed import Processes
 _ANSWER = b"\nstopping after this step and its checkpoint; Ctrl-C again stops at once, without it\n"
 
 
+_DATA_FAILED = 1000  # above all signals
+
+
 class Interrupt:
-    """Which signal asked the run to stop, if any did."""
+    """Which signal asked the run to stop, if any did.
+
+    Attributes:
+        signal: the first one.
+        data_failed: whether a process can read no more of its data.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.data_failed = False
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
     def agree(self, processes: Processes, time_is_up: bool) -> bool:
-        """Whether any process was asked to stop, or its time is up; all call it together.
+        """Whether any process has to stop, or its time is up; all call it together.
 
-        A signal that another process received, perhaps on another machine, becomes this one's.
+        A signal that another process received, perhaps on another machine, becomes this one's, and
+        so does its lack of data.
         """
         # Signals begin at 1.
         own = 0 if time_is_up else -1
-        number = processes.greatest(own if self.signal is None else self.signal)
-        if number > 0:
+        if self.data_failed:
+            own = _DATA_FAILED
+        elif self.signal is not None:
+            own = self.signal
+        number = processes.greatest(own)
+        self.data_failed = number == _DATA_FAILED
+        if 0 < number < _DATA_FAILED:
             self.signal = signal.Signals(number)
         return number >= 0
 
     @property
     def exit_status(self) -> int:
-        """128 + the signal's number, as a shell reports a process that it ended; else 0."""
+        """128 + the signal's number, as a shell reports a process that it ended; else 0, or 2."""
+        if self.data_failed:
+            return 2
         return 128 + self.signal if self.signal is not None else 0
 
 

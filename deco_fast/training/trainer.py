@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deco_fast.config import RunConfig
+from deco_fast.data.loader import Batch
 from deco_fast.errors import UserError
 from deco_fast.models.build import empty_network
 from deco_fast.models.config import ClassConfig
@@ -101,10 +102,11 @@ class Trainer:
     def run(self) -> Interrupt:
         """Train to the configured step, or until a signal or the time limit asks to stop.
 
-        All of these end in a checkpoint.
+        All of these end in a checkpoint, and so do data that cannot be read any more.
 
         Raises:
-            UserError: the loss exploded or is not finite, or a checkpoint cannot be written.
+            UserError: the loss exploded or is not finite, the data cannot be read, or a checkpoint
+                cannot be written.
         """
         config, output = self.config, self.config.output
         self.training.prepare()
@@ -126,18 +128,22 @@ class Trainer:
             closing(self.training),
             catch_interrupt(tell=self.processes.is_main) as interrupt,
         ):
+            failure: UserError | None = None
+            batch = self._next(batches, window)
             while self.step < config.training.steps:
-                asked = time.perf_counter()
-                batch = next(batches)
-                window.waited += time.perf_counter() - asked
                 figures = self.training(self.step, batch)
                 self.step += 1
                 monitor.step()
                 for made in reader.push(self.step, batch, figures):
                     self._note(made, window, monitor)
+                last = self.step == config.training.steps
+                if not last:
+                    try:
+                        batch = self._next(batches, window)
+                    except UserError as error:
+                        failure, interrupt.data_failed = error, True
                 self.limit.step_made()
                 writer.check()
-                last = self.step == config.training.steps
                 stopping = interrupt.agree(self.processes, self.limit.is_near)
                 saving = self.step % output.checkpoint_every == 0 or last or stopping
                 if saving:
@@ -149,6 +155,8 @@ class Trainer:
                     writer.save(self.step, batches.state_dict(self.step))
                     if self.processes.is_main:
                         self._list_damaged()
+                    if failure is None and (failure := self._excess_of_damage()) is not None:
+                        stopping = True
                     if last or stopping:
                         writer.wait()
                     self.limit.saved(max(time.monotonic() - began, writer.slowest))
@@ -156,12 +164,24 @@ class Trainer:
                     self._show_samples(monitor)
                 if stopping:
                     break
+            if failure is not None:
+                saved = self.folder.checkpoint(self.step)
+                raise UserError(
+                    f"{failure}; saved {saved}, from which the same command goes on"
+                ) from failure
         if self.processes.is_main:
             self._report_damaged()
             if self.step >= config.training.steps:
                 self.folder.mark_finished()
-        self.processes.barrier()
+        if not interrupt.data_failed:  # whose process does not come here
+            self.processes.barrier()
         return interrupt
+
+    def _next(self, batches: Batches, window: Window) -> Batch:
+        asked = time.perf_counter()
+        batch = next(batches)
+        window.waited += time.perf_counter() - asked
+        return batch
 
     def _note(self, made: MadeStep, window: Window, monitor: Monitor) -> None:
         """Take in the figures of a step.
@@ -224,6 +244,15 @@ class Trainer:
         except UserError:
             self._list_damaged()
             raise
+
+    def _excess_of_damage(self) -> UserError | None:
+        """Where all processes together, which know by now what each has met, met too much."""
+        try:
+            if self.dataset.damage is not None:
+                self.dataset.damage.check()
+        except UserError as error:
+            return error
+        return None
 
     def _report_damaged(self) -> None:
         if self.dataset.damage is not None and (names := self.dataset.damage.names()):

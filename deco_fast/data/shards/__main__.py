@@ -7,7 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from deco_fast.cli.parser import CommandParser, whole_number
+from deco_fast.cli.installed import command_words
+from deco_fast.cli.parser import CommandParser, not_empty, whole_number
 from deco_fast.data.shards.pack import CLASSES, pack
 from deco_fast.errors import run_command
 
@@ -22,8 +23,10 @@ def _parser() -> CommandParser:
         help="write class folders as shards; typed again, it goes on where it was",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    command.add_argument("folder", metavar="FOLDER", help="holds a folder of images per class")
-    command.add_argument("out", metavar="OUT", help="the folder for the shards")
+    command.add_argument(
+        "folder", type=not_empty, metavar="FOLDER", help="holds a folder of images per class"
+    )
+    command.add_argument("out", type=not_empty, metavar="OUT", help="the folder for the shards")
     command.add_argument(
         "--images-per-shard", type=whole_number(1), default=10_000, metavar="N", help="at most"
     )
@@ -41,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{options.out} holds {len(shards):,} shard(s)")
     classes = len(json.loads(Path(options.out, CLASSES).read_text(encoding="utf-8")))
     keys = f"--data.dataset shards --data.root {options.out} --model.num_classes {classes}"
-    print(f"train on them: python train.py {keys}")
+    print(f"train on them: {' '.join(command_words('train'))} {keys}")
     return 0
 
 
