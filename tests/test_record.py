@@ -183,6 +183,7 @@ def test_the_readme_compares_with_the_better_baseline() -> None:
             "median": median,
             "floor_fraction": 0.001 / median,
             "saved_for_backward": None,
+            "peak_memory": 2**20 if is_baseline else 2**18,
         }
 
     rows = [
@@ -191,11 +192,16 @@ def test_the_readme_compares_with_the_better_baseline() -> None:
         row("triton, eager, bf16", 0.1, False),
         row("triton, torch.compile, bf16", 0.05, False),
         row("engine, matmul precision high, torch.compile, bf16", 0.01, False),
+        row("cpp limited to avx2, eager, bf16", 0.04, False),
     ]
     comparison = {**FIGURE["comparisons"][0], "rows": rows}  # type: ignore[dict-item]
     text = readme.section([{**FIGURE, "comparisons": [comparison]}])
-    line = text.splitlines()[-1]
+    line, limited = text.splitlines()[-2:]
     assert "200 ms (reference, torch.compile)" in line
     assert "50 ms (triton, torch.compile)" in line
     assert "4.00×" in line
     assert "2%" in line
+    assert "25.0%" in line
+    assert "40 ms (cpp limited to avx2, eager)" in limited and "5.00×" in limited
+    sampling = {**comparison, "title": "sampling, deco-xl"}
+    assert "25.0%" not in readme.section([{**FIGURE, "comparisons": [sampling]}])
