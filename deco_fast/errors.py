@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import NoReturn, ParamSpec
 
-from deco_fast.output import enduring_output
+from deco_fast.output import OutputError, enduring_output
 
 P = ParamSpec("P")
 
@@ -82,17 +82,27 @@ def run_command(main: Callable[P, int | None]) -> Callable[P, int]:
 
     @functools.wraps(main)
     def command(*args: P.args, **kwargs: P.kwargs) -> int:
-        with enduring_output():
-            try:
-                return main(*args, **kwargs) or 0
-            except (UserError, KeyboardInterrupt, SystemExit) as error:
-                return report(error)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                return report(error)
+        status = 0
+        try:
+            with enduring_output():
+                status = _status(main, *args, **kwargs)
+        except OutputError as error:
+            reason = f"the output could not be written ({error.strerror}): free some space"
+            return status or report(UserError(reason))
+        return status
 
     return command
+
+
+def _status(main: Callable[P, int | None], *args: P.args, **kwargs: P.kwargs) -> int:
+    try:
+        return main(*args, **kwargs) or 0
+    except (UserError, KeyboardInterrupt, SystemExit) as error:
+        return report(error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return report(error)
 
 
 def run_script(module: str) -> NoReturn:

@@ -248,6 +248,20 @@ def test_a_broken_file_is_named(tmp_path: Path, content: str, message: str) -> N
         load_config(str(file))
 
 
+def test_yaml_may_merge_what_another_section_has(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "name: run\nmodel: {preset: deco-digits}\n"
+        "data: &size {dataset: digits, height: 32, width: 32}\n"
+        "training: {steps: 10}\n"
+    )
+    before = load_config(str(file))
+    file.write_text(
+        file.read_text().replace("height: 32, width: 32", "<<: {height: 32, width: 8}, width: 32")
+    )
+    assert load_config(str(file)) == before
+
+
 def test_a_section_written_wrong_is_named(tmp_path: Path) -> None:
     """And not the one that is missing for it."""
     text = (config_folder() / "deco-digits.yaml").read_text().replace("training:", "trainin:")

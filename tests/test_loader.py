@@ -339,7 +339,7 @@ def test_a_run_resumes_in_the_middle_of_an_epoch(
     original = Batches.__next__
 
     def stop_at_three(self: Batches) -> Batch:
-        if len(taken) == 2:
+        if len(taken) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         taken.append(1)
         return original(self)
@@ -382,6 +382,24 @@ def test_too_much_damage_stops_a_run_and_names_it(
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.match(r"error: 3 of 23 images are damaged, .* 0\.1 .*004\.png: repair", error)
     assert (tmp_path / "run/damaged.txt").read_text().count("\n") == len(DAMAGED)
+
+
+def test_damage_that_ended_a_run_may_be_repaired(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And is found again where it was not."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    options = ("--data.max_damaged_share=0.1", "--data.workers=0")
+    checkpoints = out / "checkpoints"
+    for _ in range(2):
+        assert train(root, out, 9, *options) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: 3 of 23 images are damaged")
+        (checkpoint,) = checkpoints.iterdir()
+        assert f"; saved {checkpoint}, from which the same command goes on" in error
+    assert train(root, out, 9, "--data.max_damaged_share=0.2", "--data.workers=0") == 0
+    assert train(root, whole, 9, "--data.max_damaged_share=0.2", "--data.workers=0") == 0
+    assert_identical(weights(out, 9), weights(whole, 9))
 
 
 @pytest.mark.parametrize("root", ["shards"], indirect=True)

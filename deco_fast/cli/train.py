@@ -105,8 +105,6 @@ def _run(trainer: Trainer, initial: InitialWeights | None, say: Callable[[str], 
         interrupt = trainer.run()
     if trainer.step < config.training.steps:
         why = "time limit" if interrupt.signal is None else interrupt.signal.name
-        if interrupt.data_failed:
-            why = "another process has no data"
         saved = folder.checkpoint(trainer.step)
         say(f"{why}: saved {saved}; the same command goes on from there")
         return interrupt.exit_status

@@ -70,13 +70,16 @@ class DamageRecord:
             _log.warning("further damaged images will only be counted")
         self.check()
 
-    def check(self) -> None:
+    def check(self, found: int | None = None) -> None:
         """See that the share is not above its limit.
+
+        Args:
+            found: so many damaged images, all of them flagged; None is all that are flagged.
 
         Raises:
             UserError: it is.
         """
-        damaged = self._lost_images + int(self.flags.sum())
+        damaged = self._lost_images + (int(self.flags.sum()) if found is None else found)
         total = self._lost_images + len(self._names)
         if damaged > self._max_share * total:
             raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from deco_fast.checkpoint.find import HUB_SCHEME
 from deco_fast.checkpoint.format import BESIDE_SCHEME, WEIGHTS, Header, weights_file
 from deco_fast.checkpoint.load import open_checkpoint
 from deco_fast.checkpoint.save import save_weights
-from deco_fast.checkpoint.source import read_header
+from deco_fast.checkpoint.source import open_safetensors, read_header
 from deco_fast.errors import UserError
 from deco_fast.interop.model_readme import model_readme
 from deco_fast.models.build import empty_network
@@ -65,8 +66,8 @@ def write_model_folder(
     """Write config.json, model_index.json, README.md and WEIGHTS.safetensors.
 
     A text encoder in a folder is copied into `text_encoder/`; one on the hub is named. A model
-    folder that is already there is replaced, whole or not at all, but for a README.md that says
-    something else, as an edited one does: it stays, and the new one is README.new.md.
+    folder that is already there is replaced, whole or not at all, but for a README.md that was
+    edited: it stays, and the new one is README.new.md.
 
     Args:
         folder: where.
@@ -101,10 +102,25 @@ def write_model_folder(
         )
         readme = model_readme(Header(weights, config, card), tensors).encode()
         (temporary / README_FILE).write_bytes(readme)
-        if (folder / README_FILE).exists() and (folder / README_FILE).read_bytes() != readme:
+        before = _read(folder / README_FILE)
+        if before not in (None, readme, _unedited_readme(folder)):
             (temporary / README_FILE).rename(temporary / NEW_README_FILE)
             shutil.copyfile(folder / README_FILE, temporary / README_FILE)
     return folder
+
+
+def _read(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
+def _unedited_readme(folder: Path) -> bytes | None:
+    """README.md as it was written with the weights in a model folder; None if they do not say."""
+    for file in (folder / weights_file(weights) for weights in WEIGHTS):
+        if file.exists():
+            with suppress(UserError):
+                tensors = open_safetensors(file, None).state_dict()
+                return model_readme(read_header(file), tensors).encode()
+    return None
 
 
 def check_model_folder(folder: Path, weights: str) -> None:

@@ -22,7 +22,12 @@ from deco_fast.checkpoint.find import HUB_SCHEME, is_shipped, locate
 from deco_fast.checkpoint.load import load_checkpoint, open_checkpoint
 from deco_fast.conditioning.qwen3 import Qwen3TextEncoder
 from deco_fast.errors import UserError, nearest
-from deco_fast.interop.model_folder import DATA_FILES, check_model_folder, write_model_folder
+from deco_fast.interop.model_folder import (
+    DATA_FILES,
+    NEW_README_FILE,
+    check_model_folder,
+    write_model_folder,
+)
 from deco_fast.models.card import ModelCard
 from deco_fast.models.deco_t2i import DeCoT2I
 from deco_fast.models.network import DeCoNetwork
@@ -189,7 +194,8 @@ class DeCoPipeline(DiffusionPipeline):
         A text encoder in a folder is copied into it; one on the hub is named.
 
         Args:
-            save_directory: where; a model folder that is there is replaced.
+            save_directory: where; a model folder that is there is replaced. An edited README.md
+                stays, beside the new one, README.new.md, which is not uploaded.
             safe_serialization: true; there is no other way here.
             push_to_hub: upload it as well, see `push_to_hub`.
             options: of `push_to_hub`; `repo_id` is the folder's name by default.
@@ -428,6 +434,7 @@ def _upload(
         upload_folder(
             repo_id=repository,
             folder_path=folder,
+            ignore_patterns=[NEW_README_FILE],
             token=token,
             commit_message=commit_message or "Upload DeCoPipeline",
             create_pr=create_pr,

@@ -89,17 +89,29 @@ class Batches:
         holds the numbers of these images. The epoch, and how many samples of it have been drawn,
         follow from the step; they are there for people.
         """
-        damage = self.dataset.damage
+        damage, damaged = self.dataset.damage, list[int]()
         if damage is not None:
-            damage.merge(self.processes.union(damage.flags))
+            # Workers go on to flag images: all processes shall know the same ones.
+            found = self.processes.union(damage.flags.clone())
+            damage.merge(found)
+            damaged = found.nonzero().flatten().tolist()
         epoch, drawn = divmod(step * self.config.training.batch_size, len(self.dataset))
         return {
             **self._identity(),
             "step": step,
             "epoch": epoch,
             "drawn_in_epoch": drawn,
-            "damaged": [] if damage is None else damage.indices(),
+            "damaged": damaged,
         }
+
+    def excess_of_damage(self, state: Mapping[str, Any]) -> UserError | None:
+        """Of a `state_dict`: why the data cannot be used, where too much of them is damaged."""
+        try:
+            if self.dataset.damage is not None:
+                self.dataset.damage.check(len(state["damaged"]))
+        except UserError as error:
+            return error
+        return None
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -129,7 +141,11 @@ class Batches:
             flags = torch.zeros_like(damage.flags)
             flags[torch.tensor(state["damaged"])] = True
             damage.merge(flags)
-            damage.check()
+            try:
+                damage.check()
+            except UserError:
+                # What ended the run may be repaired; if not, it is found again.
+                damage.flags.zero_()
 
 
 def open_dataset(config: RunConfig, processes: Processes | None = None) -> TrainingImages:

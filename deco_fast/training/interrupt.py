@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -53,9 +54,7 @@ class Interrupt:
 
     @property
     def exit_status(self) -> int:
-        """128 + the signal's number, as a shell reports a process that it ended; else 0, or 2."""
-        if self.data_failed:
-            return 2
+        """128 + the signal's number, as a shell reports a process that it ended; else 0."""
         return 128 + self.signal if self.signal is not None else 0
 
 
@@ -74,7 +73,8 @@ def catch_interrupt(*, tell: bool = False) -> Iterator[Interrupt]:
     previous: dict[signal.Signals, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
-        if tell and interrupt.signal is None and number == signal.SIGINT:
+        tells = tell and sys.__stderr__ is not None
+        if tells and interrupt.signal is None and number == signal.SIGINT:
             # Not by print, which may be at work where the signal came.
             with suppress(OSError):
                 os.write(2, _ANSWER)

@@ -129,22 +129,25 @@ class Trainer:
             catch_interrupt(tell=self.processes.is_main) as interrupt,
         ):
             failure: UserError | None = None
-            batch = self._next(batches, window)
+            batch: Batch | None = None
             while self.step < config.training.steps:
+                if batch is None:
+                    batch = self._next(batches, window)
                 figures = self.training(self.step, batch)
                 self.step += 1
                 monitor.step()
                 for made in reader.push(self.step, batch, figures):
                     self._note(made, window, monitor)
+                self.limit.step_made()
+                writer.check()
                 last = self.step == config.training.steps
-                if not last:
+                time_is_up = self.limit.is_near
+                if not (last or time_is_up or interrupt):
                     try:
                         batch = self._next(batches, window)
                     except UserError as error:
                         failure, interrupt.data_failed = error, True
-                self.limit.step_made()
-                writer.check()
-                stopping = interrupt.agree(self.processes, self.limit.is_near)
+                stopping = interrupt.agree(self.processes, time_is_up)
                 saving = self.step % output.checkpoint_every == 0 or last or stopping
                 if saving:
                     # A step that must not be saved has to be known by now.
@@ -152,29 +155,28 @@ class Trainer:
                         self._note(made, window, monitor)
                 if saving:
                     began = time.monotonic()
-                    writer.save(self.step, batches.state_dict(self.step))
-                    if self.processes.is_main:
-                        self._list_damaged()
-                    if failure is None and (failure := self._excess_of_damage()) is not None:
-                        stopping = True
-                    if last or stopping:
-                        writer.wait()
+                    loader_state = batches.state_dict(self.step)
+                    failure = failure or batches.excess_of_damage(loader_state)
+                    if failure is None and interrupt.data_failed:
+                        failure = UserError("another process can read no more of its data")
+                    with self._after(failure):
+                        writer.save(self.step, loader_state)
+                        if self.processes.is_main:
+                            self._list_damaged()
+                        if last or stopping or failure is not None:
+                            writer.wait()
+                    if failure is not None:
+                        raise self._saved_after(failure)
                     self.limit.saved(max(time.monotonic() - began, writer.slowest))
                 if last or (self.step % output.sample_every == 0 and not stopping):
                     self._show_samples(monitor)
                 if stopping:
                     break
-            if failure is not None:
-                saved = self.folder.checkpoint(self.step)
-                raise UserError(
-                    f"{failure}; saved {saved}, from which the same command goes on"
-                ) from failure
         if self.processes.is_main:
             self._report_damaged()
             if self.step >= config.training.steps:
                 self.folder.mark_finished()
-        if not interrupt.data_failed:  # whose process does not come here
-            self.processes.barrier()
+        self.processes.barrier()
         return interrupt
 
     def _next(self, batches: Batches, window: Window) -> Batch:
@@ -182,6 +184,21 @@ class Trainer:
         batch = next(batches)
         window.waited += time.perf_counter() - asked
         return batch
+
+    @contextmanager
+    def _after(self, failure: UserError | None) -> Iterator[None]:
+        """What fails in saving after a failure is told together with it."""
+        try:
+            yield
+        except UserError as error:
+            raise error if failure is None else UserError(f"{failure}; {error}") from failure
+
+    def _saved_after(self, failure: UserError) -> UserError:
+        """What a process says whose run ends because of its data, once the checkpoint is there."""
+        # Where one leaves, torchrun ends the others, and the first may still be writing.
+        self.processes.barrier()
+        saved = self.folder.checkpoint(self.step)
+        return UserError(f"{failure}; saved {saved}, from which the same command goes on")
 
     def _note(self, made: MadeStep, window: Window, monitor: Monitor) -> None:
         """Take in the figures of a step.
@@ -244,15 +261,6 @@ class Trainer:
         except UserError:
             self._list_damaged()
             raise
-
-    def _excess_of_damage(self) -> UserError | None:
-        """Where all processes together, which know by now what each has met, met too much."""
-        try:
-            if self.dataset.damage is not None:
-                self.dataset.damage.check()
-        except UserError as error:
-            return error
-        return None
 
     def _report_damaged(self) -> None:
         if self.dataset.damage is not None and (names := self.dataset.damage.names()):
