@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar, cast
 
 from deco_fast.errors import UserError
 
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _T = TypeVar("_T")
 
 
@@ -18,10 +19,25 @@ def keep_compiled_code() -> None:
     """Have torch.compile keep what it makes in the user's cache folder, for the next process.
 
     Torch's own place for it is the folder for temporary files, which does not outlive a restart of
-    the machine, or of the container. TORCHINDUCTOR_CACHE_DIR, where it is set, stays as it is.
+    the machine, or of the container; it remains where the user has no such folder.
+    TORCHINDUCTOR_CACHE_DIR, where it is set, stays as it is.
+
+    Raises:
+        UserError: TORCHINDUCTOR_CACHE_DIR is no folder and cannot be made.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(base) / "deco_fast" / "inductor"))
+    if chosen := os.environ.get(_CACHE):
+        try:
+            Path(chosen).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{_CACHE} {chosen} cannot be made ({error.strerror}): set it to another folder"
+            ) from error
+        return
+    with suppress(OSError, RuntimeError):  # no home
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base) / "deco_fast" / "inductor"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ[_CACHE] = str(folder)
 
 
 @contextmanager

@@ -36,7 +36,9 @@ from deco_fast.errors import UserError, run_command
 from deco_fast.models.build import build_network
 from deco_fast.models.class_conditional import ClassConditional
 from deco_fast.models.config import ClassConfig
+from deco_fast.models.network import DeCoNetwork
 from deco_fast.resources import pretrained_folder
+from deco_fast.sampling.run import weights_checksum
 from deco_fast.sampling.source import SHIPPED, checkpoint_name
 from deco_fast.training.distributed import pick_device
 
@@ -66,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
 
     run = options.out / "run"
     words = ["--config", str(config), "--out", str(run), "--device", options.device]
-    if status := train([*words, *overrides]):
+    status = train([*words, *overrides])
+    if status or not (run / "finished").exists():  # --dry-run, --max-time
         return status
     words = ["--checkpoint", str(run), "--out", str(options.out / "samples"), "--overwrite"]
     return sample([*words, "--device", options.device, *drawing])
@@ -117,19 +120,17 @@ def _for_classes(fields: dict[str, Any], source: Source, options: argparse.Names
     if len(classes) == source.config.num_classes:
         return
     # By what it is made of: of another checkpoint, the run in OUT would not be the one asked for.
-    name = checkpoint_name(Path(options.checkpoint))
+    old = load_checkpoint(options.checkpoint, source.weights, preset=options.preset)
+    name = f"{checkpoint_name(Path(options.checkpoint))}-{weights_checksum(old)}"
     initial = options.out / f"initial-{name}-{len(classes)}-classes"
     if not initial.exists():
-        _with_new_classes(source, options, len(classes), initial)
+        _with_new_classes(old, len(classes), initial)
     fields["model"]["num_classes"] = len(classes)
     fields["training"]["init_from"] = str(initial)
 
 
-def _with_new_classes(
-    source: Source, options: argparse.Namespace, num_classes: int, folder: Path
-) -> None:
+def _with_new_classes(old: DeCoNetwork, num_classes: int, folder: Path) -> None:
     """The checkpoint with an embedding for other classes; its null class stays."""
-    old = load_checkpoint(options.checkpoint, source.weights, preset=options.preset)
     assert isinstance(old, ClassConditional)
     # As far from each other as the old ones have come, or it takes long to tell them apart.
     std = old.class_embedder.weight.std().item()

@@ -11,8 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,19 +171,56 @@ def test_a_damaged_checkpoint_never_displaces_a_later_whole_one(tmp_path: Path) 
     ]
 
 
+@pytest.mark.parametrize(
+    ("error", "said_of_it"),
+    [
+        (torch.OutOfMemoryError("Tried to allocate 2.00 GiB\nand so on"), "Tried to allocate 2.00"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: …"), "DefaultCPUAllocator: can"),
+        (MemoryError("Unable to allocate 1.28 GiB"), "Unable to allocate 1.28 GiB"),
+    ],
+    ids=["GPU", "CPU", "Python"],
+)
 def test_a_grid_that_cannot_be_drawn_costs_nothing_but_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    said_of_it: str,
 ) -> None:
     def draw(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB\nand so on")
+        raise error
 
     monkeypatch.setattr(trainer, "draw", draw)
     options = ["--output.sample_every=2", "--output.checkpoint_every=2"]
     assert run(tmp_path / "run", 4, *options) == 0
     captured = capsys.readouterr()
     said = captured.out + captured.err  # where the bar is, its lines are
-    assert "no samples of step 2 (Tried to allocate 2.00 GiB): the training goes on" in said
+    assert f"no samples of step 2: {said_of_it}" in said
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 2
+
+
+def test_a_run_stops_in_the_middle_of_a_grid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = trainer.draw
+
+    def draw(*arguments: Any, check: Callable[[], None], **options: Any) -> Any:
+        def signalled() -> None:
+            if not evaluations:
+                os.kill(os.getpid(), signal.SIGTERM)
+            evaluations.append(1)
+            check()
+
+        return original(*arguments, check=signalled, **options)
+
+    evaluations = list[int]()
+    monkeypatch.setattr(trainer, "draw", draw)
+    folder = tmp_path / "run"
+    assert run(folder, 9, "--output.sample_every=2", "--sampling.steps=50") == 143
+    captured = capsys.readouterr()
+    assert "no samples of step 2: the run has to stop" in captured.out + captured.err
+    assert len(evaluations) == 1
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
 
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(

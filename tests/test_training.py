@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from deco_fast.checkpoint.lock import alone_in
 from deco_fast.cli.train import main
 from deco_fast.config import RunConfig, load_config
 from deco_fast.data.loader import Batch
+from deco_fast.training import state
 from deco_fast.training.batches import Batches, open_dataset
 from deco_fast.training.distributed import Processes
 from deco_fast.training.draws import Draws, draw_step
@@ -148,6 +150,7 @@ def test_a_full_disk_costs_only_the_newest_checkpoint(
         original(tensors, path, metadata)
 
     monkeypatch.setattr(checkpoint_save, "save_file", full)
+    monkeypatch.setattr(state, "PATIENCE_SECONDS", 0.0)
     assert run(folder, 5, *options) == 2
     error = capsys.readouterr().err
     assert "No space left on device" in error
@@ -157,6 +160,78 @@ def test_a_full_disk_costs_only_the_newest_checkpoint(
     assert run(folder, 5, *options) == 0
     run(tmp_path / "whole", 5, *options)
     assert_identical(saved(tmp_path / "whole", 5), saved(folder, 5))
+
+
+def test_a_full_disk_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the checkpoint of the step in memory, while the training goes on."""
+    original, attempts = checkpoint_save.save_file, list[Path]()
+
+    def full_at_first(tensors: dict[str, torch.Tensor], path: Path, metadata: Any) -> None:
+        attempts.append(path)
+        if len(attempts) < 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(tensors, path, metadata)
+
+    monkeypatch.setattr(checkpoint_save, "save_file", full_at_first)
+    monkeypatch.setattr(state, "_PAUSE_SECONDS", 0.1)
+    options = ("--output.checkpoint_every=2", "--output.keep_checkpoints=9")
+    assert run(tmp_path / "run", 5, *options) == 0
+    assert caplog.text.count("No space left on device") == 1
+    assert "trying again for ten minutes" in caplog.text
+    monkeypatch.undo()
+    assert run(tmp_path / "whole", 5, *options) == 0
+    for step in (2, 4, 5):
+        assert_identical(saved(tmp_path / "whole", step), saved(tmp_path / "run", step))
+
+
+def test_a_run_that_has_to_stop_does_not_wait_for_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint_save, "save_file", full)
+    assert run(tmp_path / "run", 3) == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_run_folder_that_was_renamed_meanwhile_can_be_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = TrainingStep.__call__
+    folder, options = tmp_path / "run", ("--output.checkpoint_every=2",)
+
+    def rename_at_three(self: TrainingStep, step: int, batch: Batch) -> StepFigures:
+        if step == 2:
+            folder.rename(tmp_path / "renamed")
+        if step == 4:
+            raise RuntimeError("power cut")
+        return original(self, step, batch)
+
+    monkeypatch.setattr(TrainingStep, "__call__", rename_at_three)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(folder, 5, *options)
+    monkeypatch.undo()
+    assert run(folder, 5, *options) == 0
+    assert run(tmp_path / "whole", 5, *options) == 0
+    assert_identical(saved(folder, 5), saved(tmp_path / "whole", 5))
+
+
+def test_checkpoints_on_a_disk_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, 2) == 0
+    (folder / "checkpoints").rename(tmp_path / "disk")
+    (folder / "checkpoints").symlink_to(tmp_path / "gone")
+    capsys.readouterr()
+    assert run(folder, 2) == 2
+    assert f"checkpoints is a link to {tmp_path / 'gone'}, which is not there: mount" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow

@@ -20,6 +20,10 @@ PREVIOUS_SUFFIX = ".previous"
 _WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk with its own class
 
 
+class DiskFullError(UserError):
+    """A file cannot be written for want of space, which somebody may make."""
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Write the yielded temporary file; on leaving it becomes `path`.
@@ -160,9 +164,7 @@ def _cannot_write(path: Path, error: Exception) -> UserError:
         reason = error.strerror
         if error.filename and not Path(error.filename).name.startswith("."):
             reason += f": {error.filename}"
-    remedy = "choose a folder that can be written"
+    kind, remedy = UserError, "choose a folder that can be written"
     if "No space left" in reason or "quota" in reason.lower() or "too large" in reason:
-        remedy = "free some space or choose another disk"
-    return UserError(
-        f"cannot write {path} ({reason}): {remedy}; what was saved before is still valid"
-    )
+        kind, remedy = DiskFullError, "free some space or choose another disk"
+    return kind(f"cannot write {path} ({reason}): {remedy}; what was saved before is still valid")

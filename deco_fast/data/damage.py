@@ -85,7 +85,7 @@ class DamageRecord:
             raise UserError(
                 f"{damaged:,} of {total:,} images are damaged, more than "
                 f"data.max_damaged_share {self._max_share:g} allows; the first is "
-                f"{self.names()[0]}: repair or remove them, or raise the limit"
+                f"{self.names()[0]}: repair them, or raise the limit"
             )
 
     def names(self) -> list[str]:

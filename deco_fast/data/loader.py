@@ -96,7 +96,13 @@ def read_batches(
         worker_init_fn=_start_worker,
     )
     others = set(multiprocessing.active_children())
-    batches = iter(loader)
+    try:
+        batches = iter(loader)
+    except OSError as error:
+        raise UserError(
+            f"the loader's processes cannot be started ({error}): set TMPDIR to a folder with a "
+            "short name, or data.workers to 0"
+        ) from error
     with _killed_at_exit(set(multiprocessing.active_children()) - others):
         while True:
             read = _next(batches)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -52,6 +52,7 @@ def draw(
     seed: int = 0,
     uncondition: Condition | None = None,
     progress: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Draw images batch by batch.
 
@@ -66,6 +67,7 @@ def draw(
         seed: 0 … 2⁶⁴ − 1.
         uncondition: in place of the null class or the empty prompt, a negative prompt.
         progress: show a bar with images/s and remaining time.
+        check: called at every evaluation; what it raises ends the drawing.
 
     Yields:
         (indices, images): numbers of up to batch_size images, and uint8 (B, H, W, 3) on the CPU.
@@ -87,7 +89,7 @@ def draw(
         dynamic_ncols=True,
     )
     with bar:
-        ordered = _ordered(engine, conditions, indices, seed, uncondition, bar)
+        ordered = _ordered(engine, conditions, indices, seed, uncondition, bar, check)
         # Orders to a GPU return at once: with one batch ahead it never waits for the host.
         for batch, images, finite in _one_behind(ordered) if engine.is_ahead else ordered:
             check_finite(finite.cpu(), batch, engine.model.dtype)
@@ -129,11 +131,13 @@ def _ordered(
     seed: int,
     uncondition: Condition | None,
     bar: tqdm,
+    check: Callable[[], None],
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Indices, images and whether each is finite, of batches that may still be computed."""
     done = 0
     states = draw_states(engine, conditions, indices, seed=seed, uncondition=uncondition)
     for batch, state in states:
+        check()
         bar.update(done + len(batch) * state.evaluation / engine.evaluations - bar.n)
         if state.evaluation == engine.evaluations:
             done += len(batch)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NoReturn
 
 from safetensors.torch import save_file
@@ -30,6 +32,27 @@ def stop_after_failure(training: TrainingStep, folder: RunFolder, made: MadeStep
         UserError: always; it names the step and its first samples.
     """
     place = folder.failure(made.step)
+    kept = f"its batch and the weights before it are in {place}"
+    weights = whole_weights(training.model, training)
+    try:
+        _keep(training, place, made, weights)
+    except UserError as error:
+        kept = f"nothing of it is kept: {error}"
+    training.processes.barrier()
+    samples = made.batch.indices.tolist()
+    named = ", ".join(map(str, samples[:_NAMED_SAMPLES]))
+    more = "" if len(samples) <= _NAMED_SAMPLES else ", …"
+    raise UserError(
+        f"the loss is {made.values['loss/total']:.6g} at step {made.step} (gradient norm "
+        f"{made.values['gradient_norm']:.6g}; samples {named}{more}): {kept}; go on with the same "
+        "command and a lower training.learning_rate, or training.gradient_clipping 1.0; the newest "
+        f"checkpoint is {folder.newest_checkpoint() or 'none'}: move it away should this come again"
+    )
+
+
+def _keep(
+    training: TrainingStep, place: Path, made: MadeStep, weights: Mapping[str, Tensor]
+) -> None:
     rank = training.processes.rank
     draws = training.draws(made.step - 1, made.batch)
     values = {**made.batch._asdict(), **draws._asdict()}
@@ -39,7 +62,6 @@ def stop_after_failure(training: TrainingStep, folder: RunFolder, made: MadeStep
     if captions := {name: value for name, value in values.items() if name not in tensors}:
         text = json.dumps(captions, indent=1, ensure_ascii=False)
         write_atomically(place / f"captions-{rank}.json", text + "\n")
-    weights = whole_weights(training.model, training)
     if training.processes.is_main:
         config = training.config
         save_weights(
@@ -50,14 +72,3 @@ def stop_after_failure(training: TrainingStep, folder: RunFolder, made: MadeStep
             config=config.model,
         )
         write_atomically(place / "figures.json", json.dumps(made.values, indent=2) + "\n")
-    training.processes.barrier()
-    samples = made.batch.indices.tolist()
-    named = ", ".join(map(str, samples[:_NAMED_SAMPLES]))
-    more = "" if len(samples) <= _NAMED_SAMPLES else ", …"
-    raise UserError(
-        f"the loss is {made.values['loss/total']:.6g} at step {made.step} (gradient norm "
-        f"{made.values['gradient_norm']:.6g}; samples {named}{more}): its batch and the weights "
-        f"before it are in {place}; go on with the same command and a lower "
-        "training.learning_rate, or training.gradient_clipping 1.0; the newest checkpoint is "
-        f"{folder.newest_checkpoint() or 'none'}"
-    )

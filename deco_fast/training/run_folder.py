@@ -64,6 +64,11 @@ class RunFolder:
         Returns:
             What was adjusted, a line each.
         """
+        if self.checkpoints.is_symlink() and not self.checkpoints.exists():
+            raise UserError(
+                f"{self.checkpoints} is a link to {self.checkpoints.readlink()}, which is not "
+                "there: mount or make it"
+            )
         stored = self.path / "config.yaml"
         if stored.exists():
             return self._compare(stored, exactly)
@@ -74,14 +79,26 @@ class RunFolder:
     def open(self) -> list[str]:
         """Create the folder, or check that the run in it is this one; returns as `check`."""
         adjusted = self.check()
-        stored = self.path / "config.yaml"
-        write_atomically(stored, self.config.to_yaml())
-        write_atomically(self.path / "versions.json", json.dumps(versions(), indent=2) + "\n")
+        self._write_identity()
         remove_temporaries(self.path)
         remove_leftovers(self.checkpoints)
         if not self.finished:  # any more
             (self.path / "finished").unlink(missing_ok=True)
         return adjusted
+
+    def restore_identity(self) -> None:
+        """Make the folder known as this run's, where somebody renamed or deleted it meanwhile and a
+        checkpoint has made it anew.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if not (self.path / "config.yaml").exists():
+            self._write_identity()
+
+    def _write_identity(self) -> None:
+        write_atomically(self.path / "config.yaml", self.config.to_yaml())
+        write_atomically(self.path / "versions.json", json.dumps(versions(), indent=2) + "\n")
 
     def _compare(self, stored: Path, exactly: bool) -> list[str]:
         try:

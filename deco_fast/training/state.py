@@ -6,8 +6,10 @@ the processes share it, is written and read by all of them (torch.distributed.ch
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from deco_fast.checkpoint import (
     load_training_state,
     save_checkpoint,
 )
+from deco_fast.checkpoint.atomic import DiskFullError
 from deco_fast.checkpoint.format import OPTIMIZER_FOLDER
 from deco_fast.checkpoint.load import open_checkpoint
 from deco_fast.errors import UserError
@@ -37,20 +40,32 @@ from deco_fast.training.parallel import set_weights
 from deco_fast.training.run_folder import RunFolder
 from deco_fast.training.step import TrainingStep
 
+_log = logging.getLogger(__name__)
+
+# How long a full disk is waited for, and between two attempts.
+PATIENCE_SECONDS = 600.0
+_PAUSE_SECONDS = 20.0
+
 
 class CheckpointWriter:
     """Writes checkpoints while the training goes on, one at a time.
 
+    Where the disk is full, it is tried again for ten minutes.
+
     Args:
         training: what to save.
         folder: the run's.
+        hurry: whether there is no time for that.
 
     Attributes:
         slowest: seconds that a checkpoint took from `save` until it was whole, at most.
     """
 
-    def __init__(self, training: TrainingStep, folder: RunFolder) -> None:
-        self.training, self.folder = training, folder
+    def __init__(
+        self, training: TrainingStep, folder: RunFolder, hurry: Callable[[], bool]
+    ) -> None:
+        self.training, self.folder, self._hurry = training, folder, hurry
+        self._closed = False
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         # Of its own, as its messages would mix with those of the training in between.
         self._group = dist.new_group(backend="gloo") if training.is_sharded else None
@@ -126,6 +141,7 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Let a checkpoint that was begun become whole; whether it does is not told."""
+        self._closed = True
         self._thread.shutdown(wait=True)
 
     def _write(
@@ -140,16 +156,37 @@ class CheckpointWriter:
             # Of this process; it ends when all of them have written theirs.
             _result(self._shards)
         config = self.training.config
-        save_checkpoint(
-            self.folder.checkpoint(step),
-            **weights,
-            card=config.card(step),
-            config=config.model,
-            training=state,
-            optimizer_folder=shards,
-        )
+        end, told = time.monotonic() + PATIENCE_SECONDS, False
+        while True:
+            try:
+                save_checkpoint(
+                    self.folder.checkpoint(step),
+                    **weights,
+                    card=config.card(step),
+                    config=config.model,
+                    training=state,
+                    optimizer_folder=shards,
+                )
+                break
+            except DiskFullError as error:
+                if time.monotonic() > end or self._has_to_hurry:
+                    raise
+                if not told:
+                    _log.warning("%s; trying again for ten minutes", error)
+                    told = True
+                self._pause()
+        self.folder.restore_identity()
         self.folder.drop_old_checkpoints(config.output.keep_checkpoints, step)
         self.slowest = max(self.slowest, time.monotonic() - began)
+
+    @property
+    def _has_to_hurry(self) -> bool:
+        return self._closed or self._hurry()
+
+    def _pause(self) -> None:
+        end = time.monotonic() + _PAUSE_SECONDS
+        while time.monotonic() < end and not self._has_to_hurry:
+            time.sleep(0.1)
 
     def _begin_shards(self, folder: Path, tensors: dict[str, Tensor]) -> Future[Any]:
         writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)

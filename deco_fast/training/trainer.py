@@ -7,7 +7,7 @@ anywhere goes on exactly as if it had not, on any number of processes.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deco_fast.config import RunConfig
 from deco_fast.data.loader import Batch
-from deco_fast.errors import UserError
+from deco_fast.errors import UserError, is_out_of_memory
 from deco_fast.models.build import empty_network
 from deco_fast.models.config import ClassConfig
 from deco_fast.sampling.condition_table import Condition
@@ -120,13 +120,12 @@ class Trainer:
             world_size=self.processes.world_size,
             enabled=self.processes.is_main,
         )
-        writer = state.CheckpointWriter(self.training, self.folder)
         with (
             self._listing_damaged(),
             monitor,
-            closing(writer),
-            closing(self.training),
             catch_interrupt(tell=self.processes.is_main) as interrupt,
+            closing(self._writer(interrupt)) as writer,
+            closing(self.training),
         ):
             failure: UserError | None = None
             batch: Batch | None = None
@@ -169,7 +168,7 @@ class Trainer:
                         raise self._saved_after(failure)
                     self.limit.saved(max(time.monotonic() - began, writer.slowest))
                 if last or (self.step % output.sample_every == 0 and not stopping):
-                    self._show_samples(monitor)
+                    self._show_samples(monitor, interrupt)
                 if stopping:
                     break
         if self.processes.is_main:
@@ -213,27 +212,46 @@ class Trainer:
             rate = learning_rate(self.config, made.step - 1)
             monitor.scalars(made.step, {**window.report(), "learning_rate": rate})
 
-    def _show_samples(self, monitor: Monitor) -> None:
+    def _must_stop(self, interrupt: Interrupt) -> bool:
+        return bool(interrupt) or self.limit.is_near
+
+    def _writer(self, interrupt: Interrupt) -> state.CheckpointWriter:
+        return state.CheckpointWriter(
+            self.training, self.folder, hurry=lambda: self._must_stop(interrupt)
+        )
+
+    def _show_samples(self, monitor: Monitor, interrupt: Interrupt) -> None:
         """A grid of the averaged model's images, always of the same noise and conditions.
 
-        A run goes on without one that cannot be drawn or kept.
+        A run goes on without one that cannot be drawn or kept, and stops in the middle of one.
         """
+
+        def check() -> None:
+            if self._must_stop(interrupt):
+                raise UserError("the run has to stop")
+
         self.training.ema.wait()
         weights = state.whole_weights(self.training.ema.model, self.training)
         if self.processes.is_main:
             try:
-                self._save_samples(weights, monitor)
-            except (UserError, OSError, torch.OutOfMemoryError) as error:
+                self._save_samples(weights, monitor, check)
+            except (UserError, OSError, MemoryError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                    raise
                 reason = str(error).strip().partition("\n")[0]
-                monitor.say(f"no samples of step {self.step:,} ({reason}): the training goes on")
+                monitor.say(f"no samples of step {self.step:,}: {reason}")
 
-    def _save_samples(self, weights: dict[str, Tensor], monitor: Monitor) -> None:
+    def _save_samples(
+        self, weights: dict[str, Tensor], monitor: Monitor, check: Callable[[], None]
+    ) -> None:
         model = empty_network(self.config.model, self.config.card()).eval()
         device = self.processes.device
         weights = {name: tensor.to(device) for name, tensor in weights.items()}
         model.load_state_dict(weights, assign=True)
         engine = SamplingEngine(model, encode_text=self.encode_text)
-        batches = draw(engine, self._sample_conditions(), seed=self.config.training.seed)
+        batches = draw(
+            engine, self._sample_conditions(), seed=self.config.training.seed, check=check
+        )
         images = torch.cat([images for _, images in batches])
         path = self.folder.path / "samples" / f"step-{self.step:08d}.png"
         save_grid(images, path)
