@@ -33,6 +33,7 @@ from deco_fast.checkpoint import (
     save_checkpoint,
     save_weights,
 )
+from deco_fast.checkpoint.atomic import atomic_file
 from deco_fast.errors import UserError
 from deco_fast.models.card import ModelCard, SamplingSettings
 from deco_fast.models.config import DeCoConfig
@@ -445,19 +446,51 @@ def test_replacing_a_checkpoint_never_leaves_none(
 
     monkeypatch.setattr(os, "rename", watched)
     save_checkpoint(folder, model=random_model(5), ema=random_model(6), card=CARD)
-    assert seen == [STEP, f"{STEP}.previous", f"{STEP}.previous", STEP]
+    assert seen == [STEP, f".{STEP}.previous", f".{STEP}.previous", STEP]
     assert names_in(folder.parent) == [STEP]
     assert_same_weights(load_checkpoint(folder), random_model(6))
 
 
 def test_a_folder_of_the_user_called_previous_is_not_deleted(folder: Path) -> None:
-    previous = folder.with_name(f"{STEP}.previous")
+    previous = folder.with_name(f".{STEP}.previous")
     previous.mkdir()
     (previous / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="thesis"):
         save_checkpoint(folder, model=random_model(5), ema=random_model(6), card=CARD)
     assert (previous / "thesis.txt").read_text() == "mine"
     assert_same_weights(load_checkpoint(folder), random_model(2))
+
+
+def test_a_backup_called_previous_is_not_touched(folder: Path) -> None:
+    backup = shutil.copytree(folder, folder.with_name(f"{STEP}.previous"))
+    save_checkpoint(folder, model=random_model(5), ema=random_model(6), card=CARD)
+    shutil.rmtree(folder)
+    save_checkpoint(folder, model=random_model(7), ema=random_model(8), card=CARD)
+    remove_leftovers(folder.parent)
+    assert_same_weights(load_checkpoint(backup), random_model(2))
+
+
+def test_a_link_stays_a_link(folder: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    for _ in range(2):
+        save_checkpoint(link, model=random_model(5), ema=random_model(6), card=CARD)
+    assert link.is_symlink() and names_in(folder.parent) == [STEP]
+    assert_same_weights(load_checkpoint(folder), random_model(6))
+    file = tmp_path / "file.txt"
+    file.symlink_to(tmp_path / "elsewhere.txt")
+    with atomic_file(file) as temporary:
+        temporary.write_text("new")
+    assert file.is_symlink() and (tmp_path / "elsewhere.txt").read_text() == "new"
+
+
+@pytest.mark.parametrize("path", [".", "/", ".."])
+def test_a_folder_without_a_name_is_refused(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="cannot be replaced: name something in it"):
+        save_checkpoint(path, model=random_model(1), card=CARD)
 
 
 def test_killed_between_the_two_renames(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,7 +510,7 @@ def test_killed_between_the_two_renames(folder: Path, monkeypatch: pytest.Monkey
         with pytest.raises(Killed):
             save_checkpoint(folder, model=random_model(5), ema=random_model(6), card=CARD)
     assert not folder.exists()
-    assert newest_checkpoint(folder.parent) == folder.with_name(f"{STEP}.previous")
+    assert newest_checkpoint(folder.parent) == folder.with_name(f".{STEP}.previous")
     assert_same_weights(load_checkpoint(folder), random_model(2))
     save_checkpoint(folder, model=random_model(7), ema=random_model(8), card=CARD)
     assert names_in(folder.parent) == [STEP]
@@ -505,11 +538,11 @@ def test_a_rename_that_fails_puts_the_old_one_back(
 def test_leftovers_are_removed(folder: Path) -> None:
     parent = folder.parent
     (parent / ".step-00000900.tmp-0a1b").mkdir()
-    shutil.copytree(folder, parent / f"{STEP}.previous")
-    shutil.copytree(folder, parent / "step-00000500.previous")
+    shutil.copytree(folder, parent / f".{STEP}.previous")
+    shutil.copytree(folder, parent / ".step-00000500.previous")
     remove_leftovers(parent)
     # What is nowhere else is kept.
-    assert names_in(parent) == ["step-00000500.previous", STEP]
+    assert names_in(parent) == [".step-00000500.previous", STEP]
 
 
 def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:

@@ -83,11 +83,16 @@ def test_the_shipped_model_on_classes_of_its_own(
     assert isinstance(model, ClassConditional) and model.config.num_classes == 2
     # It began with the shipped weights, its null class with theirs.
     shipped = load_checkpoint(pretrained_folder() / "deco-digits")
-    initial = load_checkpoint(Path("fine-tuned", "initial-deco-digits-2-classes"))
+    (made,) = Path("fine-tuned").glob("initial-deco-digits-*-2-classes")
+    initial = load_checkpoint(made)
     for name, tensor in shipped.state_dict().items():
         if name == "class_embedder.weight":
             tensor = tensor[-1:]
         assert torch.equal(initial.state_dict()[name][-len(tensor) :], tensor), name
+    # Neither a run that is not asked for nor one that has not finished is drawn from.
+    drawn = {file: file.read_bytes() for file in Path("fine-tuned/samples").iterdir()}
+    assert example.main([*words, "--dry-run"]) == 0
+    assert {file: file.read_bytes() for file in Path("fine-tuned/samples").iterdir()} == drawn
     # Typed again it has nothing to train.
     assert example.main(words) == 0
     assert "has finished all 60 steps" in capsys.readouterr().out

@@ -761,6 +761,24 @@ def test_the_command(tmp_path: Path, ckpt: Path, capsys: pytest.CaptureFixture[s
     assert_weights(load_checkpoint(out), random_state(3))
 
 
+def test_nothing_is_written_into_a_checkpoint(
+    tmp_path: Path, ckpt: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["convert", str(ckpt), str(out)]) == 0
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    for command, name in (
+        ("convert", "ema.safetensors"),
+        ("convert", "model.safetensors"),
+        ("export", "published"),
+    ):
+        capsys.readouterr()
+        assert main([command, str(out), str(out / name), "--force"]) == 2
+        error = capsys.readouterr().err
+        assert error == f"error: {out / name} is in the checkpoint {out}: choose another place\n"
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
 def test_the_bar_follows_the_bytes_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -388,6 +388,8 @@ def test_packing_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
     main(["pack", str(folder), str(resumed), *arguments])
     # As a killed call leaves it: one shard is missing, and there is half of it.
     (resumed / "shard-000001.tar").rename(resumed / ".shard-000001.tar.tmp-0000")
+    with pytest.raises(UserError, match=r"lacks 1 of \d shards, shard-000001\.tar first: type the"):
+        ShardImages(str(resumed))
     kept = (resumed / "shard-000000.tar").stat().st_mtime_ns
     assert main(["pack", str(folder), str(resumed), *arguments]) == 0
     assert (resumed / "shard-000000.tar").stat().st_mtime_ns == kept

@@ -179,6 +179,13 @@ class TestGenEval:
         assert run(*command, "--steps", 2, "--overwrite") == 0
         assert Path("g/00000/samples/0000.png").read_bytes() != before
         assert Path("g/notes.txt").read_text() == "mine"
+        # Of the same settings too, and with what the scorer compares with by now.
+        Path("g/00000/samples/0000.png").write_bytes(b"spoiled")
+        metadata = Path("metadata.jsonl").read_text()
+        Path("metadata.jsonl").write_text(metadata.replace("{", '{"corrected": true, ', 1))
+        assert run(*command, "--steps", 2, "--overwrite") == 0
+        assert Path("g/00000/samples/0000.png").read_bytes() != b"spoiled"
+        assert '"corrected": true' in Path("g/00000/metadata.jsonl").read_text()
 
     def test_overwrite_deletes_our_files_and_no_others(
         self, run: Callable[..., int], capsys: pytest.CaptureFixture[str]

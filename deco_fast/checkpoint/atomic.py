@@ -14,8 +14,11 @@ from safetensors import SafetensorError
 
 from deco_fast.errors import UserError
 
-PREVIOUS_SUFFIX = ".previous"
-"""A valid folder carries this name for the instant in which another takes its place."""
+
+def previous_of(folder: Path) -> Path:
+    """The name that a valid folder carries for the instant in which another takes its place."""
+    return folder.with_name(f".{folder.name}.previous")
+
 
 _WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk with its own class
 
@@ -26,11 +29,12 @@ class DiskFullError(UserError):
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Write the yielded temporary file; on leaving it becomes `path`.
+    """Write the yielded temporary file; on leaving it becomes `path`, or what `path` links to.
 
     Raises:
         UserError: it cannot be written; what was at `path` is still there.
     """
+    path = _named(path)
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,8 +53,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(folder: Path, owned: Collection[str]) -> Iterator[Path]:
     """Fill the yielded temporary folder; on leaving it becomes `folder`.
 
-    A folder that is already there is replaced. No system call swaps two folders everywhere, so
-    for an instant the old one is called `folder` + ".previous": `previous_or_self` finds it there.
+    A folder that is already there, or that it links to, is replaced. No system call swaps two
+    folders everywhere, so for an instant the old one is called `previous_of(folder)`:
+    `previous_or_self` finds it there.
 
     Args:
         folder: where the files shall be.
@@ -60,11 +65,12 @@ def atomic_folder(folder: Path, owned: Collection[str]) -> Iterator[Path]:
         UserError: it cannot be written, or `folder` holds something else; what was there is
             still there.
     """
+    folder = _named(folder)
     temporary = _temporary(folder)
     try:
         _refuse_foreign_files(folder, owned)
         # It would be deleted as what a killed program left.
-        _refuse_foreign_files(folder.with_name(folder.name + PREVIOUS_SUFFIX), owned)
+        _refuse_foreign_files(previous_of(folder), owned)
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_temporaries(folder.parent, folder.name)
         temporary.mkdir()
@@ -83,21 +89,29 @@ def previous_or_self(folder: Path) -> Path:
     """`folder`, or the one that it was about to replace when the program was killed."""
     if not folder.name:  # of "." and "/"
         return folder
-    previous = folder.with_name(folder.name + PREVIOUS_SUFFIX)
+    previous = previous_of(folder)
     return previous if not folder.exists() and previous.exists() else folder
 
 
 def remove_leftovers(parent: Path) -> None:
     """Delete what killed programs left in a folder of checkpoints that nobody else writes to."""
     remove_temporaries(parent)
-    for previous in parent.glob(f"*{PREVIOUS_SUFFIX}"):
-        if previous.with_name(previous.name.removesuffix(PREVIOUS_SUFFIX)).exists():
+    for previous in parent.glob(".*.previous"):
+        if previous.with_name(previous.name[1:].removesuffix(".previous")).exists():
             shutil.rmtree(previous, ignore_errors=True)
 
 
 def is_leftover(path: Path) -> bool:
     """Whether this is being written, or was when its program died."""
     return fnmatch(path.name, ".*.tmp-*")
+
+
+def _named(path: Path) -> Path:
+    """Where a file or folder really is to be."""
+    path = path.resolve() if path.is_symlink() else path
+    if path.name in ("", ".."):
+        raise UserError(f"{path} cannot be replaced: name something in it")
+    return path
 
 
 def _temporary(path: Path) -> Path:
@@ -127,7 +141,7 @@ def _refuse_foreign_files(folder: Path, owned: Collection[str]) -> None:
 
 
 def _swap(temporary: Path, folder: Path) -> None:
-    previous = folder.with_name(folder.name + PREVIOUS_SUFFIX)
+    previous = previous_of(folder)
     if folder.exists():
         # An older leftover; the folder itself is whole.
         shutil.rmtree(previous, ignore_errors=True)
@@ -165,6 +179,8 @@ def _cannot_write(path: Path, error: Exception) -> UserError:
         if error.filename and not Path(error.filename).name.startswith("."):
             reason += f": {error.filename}"
     kind, remedy = UserError, "choose a folder that can be written"
-    if "No space left" in reason or "quota" in reason.lower() or "too large" in reason:
+    # NumPy's own words are "… requested and … written".
+    signs = ("no space left", "quota", "too large", "requested and")
+    if any(sign in reason.lower() for sign in signs):
         kind, remedy = DiskFullError, "free some space or choose another disk"
     return kind(f"cannot write {path} ({reason}): {remedy}; what was saved before is still valid")

@@ -9,15 +9,15 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from deco_fast.checkpoint.atomic import PREVIOUS_SUFFIX, previous_or_self
-from deco_fast.checkpoint.checksums import has_noted_sizes
+from deco_fast.checkpoint.atomic import previous_or_self
+from deco_fast.checkpoint.checksums import CHECKSUMS_FILE, has_noted_sizes
 from deco_fast.checkpoint.format import TRAINING_FILE, WEIGHTS, weights_file
 from deco_fast.checkpoint.source import read_header
 from deco_fast.errors import UserError
 from deco_fast.resources import pretrained_folder
 
 HUB_SCHEME = "hf:"
-_STEP_FOLDER = re.compile(rf"step-(\d+)({re.escape(PREVIOUS_SUFFIX)})?")
+_STEP_FOLDER = re.compile(r"step-(\d+)|\.step-(\d+)\.previous")  # or `previous_of` it
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
@@ -36,7 +36,7 @@ def complete_checkpoints(folder: str | Path) -> Iterator[Path]:
     if not folder.is_dir():
         return
     found = [
-        (int(match[1]), match[2] is None, entry)
+        (int(match[1] or match[2]), match[2] is None, entry)
         for entry in folder.iterdir()
         if (match := _STEP_FOLDER.fullmatch(entry.name)) and entry.is_dir()
     ]
@@ -92,6 +92,17 @@ def locate(path: str | Path) -> Path:
             "name a checkpoint folder, a run folder or a file"
         )
     return newest
+
+
+def check_outside(path: Path) -> None:
+    """See that a path is not inside of a checkpoint folder, whose files belong together.
+
+    Raises:
+        UserError: it is.
+    """
+    for parent in path.absolute().parents:
+        if (parent / CHECKSUMS_FILE).is_file():
+            raise UserError(f"{path} is in the checkpoint {parent}: choose another place")
 
 
 def is_shipped(name: str) -> bool:

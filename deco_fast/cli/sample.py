@@ -101,6 +101,10 @@ def _plan(options: argparse.Namespace) -> _Plan:
     if options.guidance_interval:
         _check_interval(options.guidance_interval)
     if options.out:
+        if options.out.name in ("", ".."):  # names are made of it
+            options.out = options.out.resolve()
+        if not options.out.name:
+            raise UserError(f"--out {options.out}: name a folder in it")
         check_writable(options.out, "--out")
     if options.npz:
         if options.npz.is_dir():

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from deco_fast.checkpoint.atomic import atomic_file
+from deco_fast.checkpoint.find import check_outside
 from deco_fast.checkpoint.format import WEIGHTS, Header
 from deco_fast.checkpoint.lightning import PUBLISHED_METADATA
 from deco_fast.checkpoint.load import open_checkpoint
@@ -73,6 +74,7 @@ def convert(
             f"{source} is a network of which nothing is published ({first.config.kind}), so it has "
             "no published layout: name a folder or a .safetensors file"
         )
+    check_outside(destination)
     if destination.exists() and not force:
         raise UserError(f"{destination} exists: choose another name, or replace it with --force")
     tensors = {network.weights: network.state_dict() for network in networks}

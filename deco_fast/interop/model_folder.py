@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from deco_fast.checkpoint.atomic import atomic_folder
-from deco_fast.checkpoint.find import HUB_SCHEME
+from deco_fast.checkpoint.find import HUB_SCHEME, check_outside
 from deco_fast.checkpoint.format import BESIDE_SCHEME, WEIGHTS, Header, weights_file
 from deco_fast.checkpoint.load import open_checkpoint
 from deco_fast.checkpoint.save import save_weights
@@ -171,6 +171,7 @@ def export(
         UserError: the source cannot be read, or the folder exists or cannot be written.
     """
     opened = open_checkpoint(source, weights, preset)
+    check_outside(Path(folder))
     if Path(folder).exists() and not force:
         raise UserError(f"{folder} exists: choose another name, or replace it with --force")
     write_model_folder(folder, opened.state_dict(), opened.card, opened.config, opened.weights)

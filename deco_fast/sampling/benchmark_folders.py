@@ -58,7 +58,7 @@ class _BenchmarkFolder(ABC):
         return self._file(index).exists()
 
     def open(self, overwrite: bool = False) -> None:
-        """Make the folder; with `overwrite`, delete the images of other settings in it.
+        """Make the folder; with `overwrite`, delete the images in it.
 
         Raises:
             UserError: it cannot be written, or holds images of other settings, or, with
@@ -73,7 +73,7 @@ class _BenchmarkFolder(ABC):
                     f"{self.path} holds images of other settings ({differing}): "
                     "choose another --out, or --overwrite them"
                 )
-            if differing:
+            if overwrite:
                 self._delete()
         elif self._holds_something():
             raise UserError(f"{self.path} holds files that are not ours: choose another --out")
@@ -137,9 +137,11 @@ class GenEvalFolder(_BenchmarkFolder):
             folder = self.path / f"{number:05d}"
             with writing(folder):
                 (folder / "samples").mkdir(parents=True, exist_ok=True)
-            if not (folder / "metadata.jsonl").exists():
-                with atomic_file(folder / "metadata.jsonl") as temporary:
-                    temporary.write_text(prompt.line + "\n", encoding="utf-8")
+            line, metadata = f"{prompt.line}\n".encode(), folder / "metadata.jsonl"
+            # The same prompts may have other specifications by now.
+            if not metadata.exists() or metadata.read_bytes() != line:
+                with atomic_file(metadata) as temporary:
+                    temporary.write_bytes(line)
             remove_temporaries(folder / "samples")
 
     def _delete(self) -> None:

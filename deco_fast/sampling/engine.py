@@ -11,6 +11,7 @@ answer.
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -125,6 +126,7 @@ class SamplingEngine:
         engine = type(self)
         self._run_step, self._run_block = engine._step, _call
         self._run_decode, self._run_move = engine._decode, engine._move
+        self._one_run = threading.Lock()
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
         self._times = times = torch.tensor(
@@ -221,7 +223,7 @@ class SamplingEngine:
         *,
         uncondition: Condition | None = None,
     ) -> Tensor:
-        """Draw a batch.
+        """Draw a batch; of several threads one at a time.
 
         Args:
             noise: (B, C, H, W), B up to the batch size.
@@ -235,9 +237,10 @@ class SamplingEngine:
         Raises:
             ValueError: shapes or conditions do not fit.
         """
-        for _ in self.states(noise, conditions, uncondition=uncondition):
-            pass
-        return self._x[: len(noise)].clone()
+        with self._one_run:
+            for _ in self.states(noise, conditions, uncondition=uncondition):
+                pass
+            return self._x[: len(noise)].clone()
 
     def states(
         self,

@@ -194,10 +194,10 @@ class NpzFile:
     """
 
     def __init__(self, path: Path, settings: Settings, labels: Sequence[int]) -> None:
-        self.path = path
+        self.path = path.resolve() if path.is_symlink() else path
         self.settings = settings
         self.labels = labels
-        self.partial = path.with_name(f"{path.name}.partial")
+        self.partial = self.path.with_name(f"{self.path.name}.partial")
         self._stored = self.partial / SETTINGS_FILE
 
     @property
@@ -399,9 +399,10 @@ def read_settings(path: Path) -> Settings:
         UserError: it cannot be read, or was not written by `write_settings`: other programs have
             a settings.json too.
     """
-    remedy = "choose another place" + (", or --overwrite" if path.suffix != ".json" else "")
+    is_json = path.name.endswith(SETTINGS_FILE)
+    remedy = "choose another place" + ("" if is_json else ", or --overwrite")
     try:
-        if path.suffix == ".json":
+        if is_json:
             settings = json.loads(path.read_text(encoding="utf-8"))
         else:
             with zipfile.ZipFile(path) as archive:

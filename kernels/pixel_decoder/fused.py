@@ -21,9 +21,12 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def fits(x: Tensor, tokens: Tensor, parameters: PixelDecoderParameters, patch_size: int) -> bool:
     """Whether the fused kernels are made for this problem."""
+    rows = patch_size**2 * parameters.output_weight.shape[1]
     return (
         parameters.output_weight.shape[0] == x.shape[1] == 3
         and parameters.output_weight.shape[1] in CHANNELS
+        and parameters.upsample_weight.shape == (rows, tokens.shape[-1])
+        and parameters.upsample_bias.shape == (rows,)
         and patch_size in PATCH_SIZES
         and 1 <= len(parameters.blocks) <= MAX_BLOCKS
         and x.dtype in _DTYPES
@@ -61,7 +64,8 @@ def pixel_decoder(
 ) -> Tensor:
     """See `deco_fast.ops.pixel_decoder`.
 
-    Left to the reference: sizes and dtypes that the kernels are not made for (`fits`), 64 channels
+    Left to the reference, which says what is wrong with them: tensors on several devices, and
+    shapes that do not match. Also sizes and dtypes that the kernels are not made for, 64 channels
     in float32 on GPUs with little shared memory, training in float32 on a GPU (where the Triton
     kernels save memory and no time) unless a backend is forced, GPUs that are `is_foreign`, and
     all inside of `torch.func` transforms.
@@ -84,10 +88,10 @@ def pixel_decoder(
         *chain.from_iterable(p.blocks),
         *(p.output_weight, p.output_bias),
     ]
-    trained = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (x, tokens, p.upsample_weight, p.upsample_bias, *small)
-    )
-    if trained and _saves_no_time(tokens):
+    tensors = (x, tokens, p.upsample_weight, p.upsample_bias, *small)
+    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    scattered = any(tensor.device != tokens.device for tensor in tensors)
+    if scattered or (trained and _saves_no_time(tokens)):
         return reference.pixel_decoder(x, tokens, parameters, patch_size, position)
     velocity, _, _ = fused_ops.pixel_decoder(
         *(x, tokens, p.upsample_weight, p.upsample_bias, small, patch_size),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -456,8 +457,28 @@ class TestFallback:
         assert velocity.dtype == torch.float64
         torch.testing.assert_close(velocity.float(), decode(p)(x, condition), rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("name", ["upsample_weight", "upsample_bias"])
+    def test_too_few_channels_are_refused(self, name: str) -> None:
+        """And not pixels made of whatever was in the memory."""
+        p = parameters()
+        with pytest.raises(RuntimeError):
+            decode(p._replace(**{name: getattr(p, name)[:-1]}))(image(), tokens())
+
 
 class TestDevices:
+    @pytest.mark.parametrize("name", ["upsample_weight", "output_bias", "pixel_embedder_weight"])
+    def test_a_parameter_on_another_device_gives_no_pixels(self, name: str) -> None:
+        """As on `meta`, where a model stays that was not loaded whole; torch lets some of it be."""
+        p = parameters()
+        velocity = None
+        with suppress(RuntimeError, NotImplementedError):
+            velocity = decode(p._replace(**{name: getattr(p, name).to("meta")}))(image(), tokens())
+        assert velocity is None or velocity.is_meta
+
+    def test_a_target_on_another_device_is_refused(self) -> None:
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            float(lose(image(), image().to("meta"))[0])
+
     def test_a_forced_backend_on_the_wrong_device(self) -> None:
         with pytest.raises(UserError, match="'cpp' computes on cpu, and pixel_decoder got tensors"):
             registry.backend_for("pixel_decoder", "cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,14 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from deco_fast.errors import UserError
+
+PLAN = "pack.json"
+"""What `pack` is writing, beside its shards."""
+
+
+def packed_shards(folder: Path, images: int, images_per_shard: int) -> list[Path]:
+    """The shards that `pack` makes of so many images."""
+    return [folder / f"shard-{number:06d}.tar" for number in range(-(-images // images_per_shard))]
 
 
 def find_shards(root: str | Sequence[str]) -> list[Path]:
@@ -20,7 +29,7 @@ def find_shards(root: str | Sequence[str]) -> list[Path]:
 
     Raises:
         UserError: a file is missing, is compressed, is not local or is named twice, a folder has
-            no .tar, or there is nothing at all.
+            no .tar or not all that `pack` was to write there, or there is nothing at all.
     """
     specifications = [root] if isinstance(root, str) else list(root)
     shards = [shard for each in specifications for shard in _expand(each)]
@@ -68,4 +77,19 @@ def _below(folder: Path) -> list[Path]:
         shards += [Path(parent, name) for name in files if name.endswith(".tar") and name[0] != "."]
     if not shards:
         raise UserError(f"folder {folder} has no .tar files: put the shards there")
+    _check_packed(folder)
     return sorted(shards)
+
+
+def _check_packed(folder: Path) -> None:
+    try:
+        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        expected = packed_shards(folder, plan["images"], plan["images_per_shard"])
+    except (OSError, ValueError, KeyError, TypeError):  # packed by other means
+        return
+    missing = [shard.name for shard in expected if not shard.exists()]
+    if missing:
+        raise UserError(
+            f"{folder} lacks {len(missing)} of {len(expected)} shards, {missing[0]} first: type "
+            f"the pack command again, or remove {PLAN} to do without"
+        )

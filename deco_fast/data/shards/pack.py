@@ -13,11 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from deco_fast.checkpoint.atomic import atomic_file, remove_temporaries
+from deco_fast.checkpoint.lock import alone_in
 from deco_fast.data.folder import FolderImages
 from deco_fast.data.names import fingerprint
+from deco_fast.data.shards.locate import PLAN, packed_shards
 from deco_fast.errors import UserError
 
-PLAN = "pack.json"
 CLASSES = "classes.json"
 
 
@@ -55,13 +56,18 @@ def pack(
     images, out = FolderImages(folder), Path(out)
     if out.resolve().is_relative_to(Path(folder).resolve()):
         raise UserError(f"{out} is in {folder} itself: choose another folder for the shards")
+    with alone_in(out):
+        return _pack(images, out, images_per_shard, seed)
+
+
+def _pack(images: FolderImages, out: Path, images_per_shard: int, seed: int) -> list[Path]:
     _open(out, images, {"images_per_shard": images_per_shard, "seed": seed})
     order = np.random.default_rng(seed).permutation(len(images.names))
     parts = np.split(order, range(images_per_shard, len(order), images_per_shard))
-    shards = [out / f"shard-{number:06d}.tar" for number in range(len(parts))]
+    shards = packed_shards(out, len(order), images_per_shard)
     done = sum(len(part) for part, shard in zip(parts, shards, strict=True) if shard.exists())
     with tqdm(
-        total=len(order), initial=done, desc=f"packing {folder}", unit="image", unit_scale=True
+        total=len(order), initial=done, desc=f"packing {images.root}", unit="image", unit_scale=True
     ) as bar:
         for part, shard in zip(parts, shards, strict=True):
             if shard.exists():
