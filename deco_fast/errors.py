@@ -8,6 +8,7 @@ import importlib
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import NoReturn, ParamSpec
 
 from deco_fast.output import OutputError, enduring_output
@@ -88,7 +89,9 @@ def run_command(main: Callable[P, int | None]) -> Callable[P, int]:
                 status = _status(main, *args, **kwargs)
         except OutputError as error:
             reason = f"the output could not be written ({error.strerror}): free some space"
-            return status or report(UserError(reason))
+            with suppress(OSError):  # stderr may be on the same disk
+                return status or report(UserError(reason))
+            return 2
         return status
 
     return command

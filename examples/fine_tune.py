@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     run = options.out / "run"
     words = ["--config", str(config), "--out", str(run), "--device", options.device]
     status = train([*words, *overrides])
-    if status or not (run / "finished").exists():  # --dry-run, --max-time
+    if status or "--dry-run" in overrides or not (run / "finished").exists():
         return status
     words = ["--checkpoint", str(run), "--out", str(options.out / "samples"), "--overwrite"]
     return sample([*words, "--device", options.device, *drawing])

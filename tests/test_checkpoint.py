@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -459,6 +460,29 @@ def test_a_folder_of_the_user_called_previous_is_not_deleted(folder: Path) -> No
         save_checkpoint(folder, model=random_model(5), ema=random_model(6), card=CARD)
     assert (previous / "thesis.txt").read_text() == "mine"
     assert_same_weights(load_checkpoint(folder), random_model(2))
+
+
+def test_what_processes_wrote_together_survives_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = tmp_path / ".shards"
+    shards.mkdir()
+    (shards / "shard-0.safetensors").write_bytes(b"of the first process")
+
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(save, "write_checksums", full)
+        with pytest.raises(atomic.DiskFullError):
+            save_checkpoint(
+                tmp_path / STEP, model=random_model(1), card=CARD, optimizer_folder=shards
+            )
+    assert [file.name for file in tmp_path.iterdir()] == [".shards"]
+    save_checkpoint(tmp_path / STEP, model=random_model(1), card=CARD, optimizer_folder=shards)
+    assert [file.name for file in tmp_path.iterdir()] == [STEP]
+    written = tmp_path / STEP / "optimizer" / "shard-0.safetensors"
+    assert written.read_bytes() == b"of the first process"
 
 
 def test_a_backup_called_previous_is_not_touched(folder: Path) -> None:

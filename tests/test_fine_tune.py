@@ -90,9 +90,10 @@ def test_the_shipped_model_on_classes_of_its_own(
             tensor = tensor[-1:]
         assert torch.equal(initial.state_dict()[name][-len(tensor) :], tensor), name
     # Neither a run that is not asked for nor one that has not finished is drawn from.
-    drawn = {file: file.read_bytes() for file in Path("fine-tuned/samples").iterdir()}
+    grid = Path("fine-tuned/samples/grid.png")
+    grid.write_bytes(b"as it was")
     assert example.main([*words, "--dry-run"]) == 0
-    assert {file: file.read_bytes() for file in Path("fine-tuned/samples").iterdir()} == drawn
+    assert grid.read_bytes() == b"as it was"
     # Typed again it has nothing to train.
     assert example.main(words) == 0
     assert "has finished all 60 steps" in capsys.readouterr().out

@@ -189,12 +189,16 @@ def test_a_full_disk_is_waited_for(
 def test_a_run_that_has_to_stop_does_not_wait_for_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    attempts = list[int]()
+
     def full(*_: object, **__: object) -> None:
+        attempts.append(1)
         os.kill(os.getpid(), signal.SIGTERM)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint_save, "save_file", full)
     assert run(tmp_path / "run", 3) == 2
+    assert len(attempts) <= 2
     assert "No space left on device" in capsys.readouterr().err
 
 

@@ -182,5 +182,6 @@ def _cannot_write(path: Path, error: Exception) -> UserError:
     # NumPy's own words are "… requested and … written".
     signs = ("no space left", "quota", "too large", "requested and")
     if any(sign in reason.lower() for sign in signs):
-        kind, remedy = DiskFullError, "free some space or choose another disk"
+        remedy = "free some space or choose another disk"
+        kind = DiskFullError if any(sign in reason.lower() for sign in signs[:2]) else UserError
     return kind(f"cannot write {path} ({reason}): {remedy}; what was saved before is still valid")

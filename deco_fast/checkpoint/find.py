@@ -36,12 +36,21 @@ def complete_checkpoints(folder: str | Path) -> Iterator[Path]:
     if not folder.is_dir():
         return
     found = [
-        (int(match[1] or match[2]), match[2] is None, entry)
-        for entry in folder.iterdir()
-        if (match := _STEP_FOLDER.fullmatch(entry.name)) and entry.is_dir()
+        entry for entry in folder.iterdir() if _STEP_FOLDER.fullmatch(entry.name) and entry.is_dir()
     ]
-    # Of two folders of a step the one that was about to be replaced comes last.
-    yield from (entry for *_, entry in sorted(found, reverse=True) if is_complete(entry))
+    yield from filter(is_complete, sorted(found, key=step_order, reverse=True))
+
+
+def step_order(folder: Path) -> tuple[int, bool]:
+    """A checkpoint folder's step; of two of a step the one about to be replaced comes first.
+
+    Raises:
+        ValueError: by its name it is none.
+    """
+    match = _STEP_FOLDER.fullmatch(folder.name)
+    if match is None:
+        raise ValueError(f"{folder} is not called like a checkpoint")
+    return int(match[1] or match[2]), match[2] is None
 
 
 def is_complete(folder: Path) -> bool:
@@ -100,8 +109,9 @@ def check_outside(path: Path) -> None:
     Raises:
         UserError: it is.
     """
-    for parent in path.absolute().parents:
-        if (parent / CHECKSUMS_FILE).is_file():
+    for parent in path.resolve().parents:
+        has_weights = any((parent / weights_file(kind)).exists() for kind in WEIGHTS)
+        if has_weights and (parent / CHECKSUMS_FILE).is_file():
             raise UserError(f"{path} is in the checkpoint {parent}: choose another place")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,9 +90,19 @@ def save_checkpoint(
         if training is not None:
             write_torch(temporary / TRAINING_FILE, training)
         if optimizer_folder is not None:
-            optimizer_folder.rename(temporary / OPTIMIZER_FOLDER)
+            # It stays until all is on the disk: whoever tries again needs it.
+            shutil.copytree(optimizer_folder, temporary / OPTIMIZER_FOLDER, copy_function=_link)
         write_checksums(temporary)
+    if optimizer_folder is not None:
+        shutil.rmtree(optimizer_folder, ignore_errors=True)
     return folder
+
+
+def _link(source: str, destination: str) -> None:
+    try:
+        os.link(source, destination)
+    except OSError:  # not on every disk
+        shutil.copyfile(source, destination)
 
 
 def save_weights(

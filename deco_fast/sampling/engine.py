@@ -216,6 +216,12 @@ class SamplingEngine:
             self._evaluate(guided, self.batch_size)
         return graph
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_one_run"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _one_run=threading.Lock())
+
     def __call__(
         self,
         noise: Tensor,

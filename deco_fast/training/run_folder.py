@@ -15,6 +15,7 @@ import torch
 
 from deco_fast.checkpoint import complete_checkpoints, newest_checkpoint, remove_leftovers
 from deco_fast.checkpoint.atomic import atomic_file, is_leftover, remove_temporaries
+from deco_fast.checkpoint.find import step_order
 from deco_fast.config import RunConfig, load_config
 from deco_fast.errors import UserError
 
@@ -164,10 +165,9 @@ class RunFolder:
         That of the step itself stays whatever it is. A later one stays: it is damaged and could not
         be set aside.
         """
-        newest = self.checkpoint(step).name
-        complete = [path for path in complete_checkpoints(self.path) if path.name <= newest]
+        complete = [path for path in complete_checkpoints(self.path) if step_order(path)[0] <= step]
         for folder in self.written_checkpoints():
-            if folder.name < newest and folder not in complete[:keep]:
+            if step_order(folder)[0] < step and folder not in complete[:keep]:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def set_aside(self, checkpoint: Path) -> Path:
@@ -195,7 +195,7 @@ class RunFolder:
         newest = self.newest_checkpoint()
         steps = self.config.training.steps
         # It may have had fewer steps to make when it was finished.
-        return newest is not None and newest.name >= self.checkpoint(steps).name
+        return newest is not None and step_order(newest)[0] >= steps
 
     def mark_finished(self) -> None:
         """Note that the run has made all its steps."""

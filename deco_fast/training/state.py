@@ -33,6 +33,7 @@ from deco_fast.checkpoint import (
     save_checkpoint,
 )
 from deco_fast.checkpoint.atomic import DiskFullError
+from deco_fast.checkpoint.find import step_order
 from deco_fast.checkpoint.format import OPTIMIZER_FOLDER
 from deco_fast.checkpoint.load import open_checkpoint
 from deco_fast.errors import UserError
@@ -158,6 +159,8 @@ class CheckpointWriter:
         config = self.training.config
         end, told = time.monotonic() + PATIENCE_SECONDS, False
         while True:
+            if told:  # the wait is not what a checkpoint takes
+                began = time.monotonic()
             try:
                 save_checkpoint(
                     self.folder.checkpoint(step),
@@ -317,7 +320,11 @@ def _newest_undamaged(folder: RunFolder) -> tuple[Path | None, dict[Path, str]]:
             chosen = path
             break
         lines[path] = f"{path / damaged} is damaged"
-    newer = {p: line for p, line in lines.items() if chosen is None or p.name > chosen.name}
+    newer = {
+        path: line
+        for path, line in lines.items()
+        if chosen is None or step_order(path) > step_order(chosen)
+    }
     return chosen, newer
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -153,6 +153,9 @@ class Trainer:
                     for made in reader.flush():
                         self._note(made, window, monitor)
                 if saving:
+                    # The one before may wait for its disk: no time that a checkpoint takes.
+                    writer.wait()
+                    self.processes.barrier()
                     began = time.monotonic()
                     loader_state = batches.state_dict(self.step)
                     failure = failure or batches.excess_of_damage(loader_state)
@@ -267,9 +270,10 @@ class Trainer:
         return [prompts[i % len(prompts)] for i in range(count)]
 
     def _list_damaged(self) -> None:
-        """Name in the run's folder what this process knows to be damaged."""
+        """Name in the run's folder what this process knows to be damaged; a full disk may wait."""
         if self.dataset.damage is not None:
-            self.folder.list_damaged(self.dataset.damage.names())
+            with suppress(UserError):
+                self.folder.list_damaged(self.dataset.damage.names())
 
     @contextmanager
     def _listing_damaged(self) -> Iterator[None]:
