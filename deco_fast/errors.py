@@ -71,9 +71,8 @@ def run_command(main: Callable[P, int | None]) -> Callable[P, int]:
     """Decorate a command's `main` so that it returns an exit status and never a traceback.
 
     `report` says what becomes of a `UserError` and of an interrupt. Any other exception is a fault
-    of ours and is raised. Output that nobody reads any more is none: the command goes on. The
-    console scripts and the scripts at the root pass the returned status
-    to `sys.exit`.
+    of ours and is raised. Output that cannot be written ends no command (`deco_fast.output`). The
+    console scripts and the scripts at the root pass the returned status to `sys.exit`.
 
     Example::
 

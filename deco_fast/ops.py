@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 
+from deco_fast.errors import UserError
 from deco_fast.kernels.memory import keep_block_inputs
 from deco_fast.kernels.pixel_decoder.reference import PixelDecoderParameters, PositionKind
 from deco_fast.kernels.registry import (
@@ -72,7 +75,13 @@ def pixel_decoder(
 
     Returns:
         The velocity, (B, 3, H, W).
+
+    Raises:
+        UserError: the tensors are on several devices.
     """
+    blocks = chain.from_iterable(parameters.blocks)
+    others = (tensor for tensor in parameters if isinstance(tensor, torch.Tensor))
+    _check_one_device("pixel_decoder", x, tokens, *others, *blocks)
     result: torch.Tensor = implementation("pixel_decoder", x)(
         x, tokens, parameters, patch_size, position
     )
@@ -97,11 +106,26 @@ def flow_matching_loss(
 
     Returns:
         The total, which is differentiable, and its two terms, each a scalar.
+
+    Raises:
+        UserError: the tensors are on several devices.
     """
+    _check_one_device("flow_matching_loss", prediction, target, table)
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = implementation(
         "flow_matching_loss", prediction
     )(prediction, target, table, weight, timestep_weight)
     return result
+
+
+def _check_one_device(op: str, *tensors: torch.Tensor) -> None:
+    # torch's products take a tensor on `meta`, of a model that was not loaded whole, beside those
+    # of a CPU, and return what was in the memory.
+    if any(tensor.device != tensors[0].device for tensor in tensors):
+        devices = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
+        raise UserError(
+            f"{op} got tensors on several devices ({devices}): move them to one, and load the "
+            "whole model"
+        )
 
 
 def qk_norm_rope(

@@ -10,6 +10,7 @@ import copy
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from deco_fast import DeCo, DeCoConfig, flow_matching_loss, frequency_table, sample
 from deco_fast.compiling import keep_compiled_code
 from deco_fast.config import load_config
+from deco_fast.errors import UserError
 from deco_fast.training.distributed import Processes
 from deco_fast.training.objective import Objective
 from deco_fast.training.parallel import prepare_network
@@ -157,14 +159,35 @@ def test_inductor_trains_like_eager_at_two_batch_sizes() -> None:
     assert counter.frame_count == 1
 
 
-def test_compiled_code_is_kept_where_the_user_keeps_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_code_is_kept_where_the_user_keeps_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     keep_compiled_code()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/somewhere/deco_fast/inductor"
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "deco_fast" / "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
     keep_compiled_code()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
+
+
+def test_without_a_place_for_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own is named; in a container without a home torch's is left as it is."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match=r"TORCHINDUCTOR_CACHE_DIR .*cache cannot be made"):
+        keep_compiled_code()
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    keep_compiled_code()
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    keep_compiled_code()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
 @needs_compiler

@@ -306,4 +306,6 @@ def test_unusable_weights_are_named_with_the_remedy(
     assert "dinov2_vitb14_pretrain.pth" in str(caught.value)
     assert "--repa off" in str(caught.value)
     assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"give https\S+dinov2_vitl14_pretrain\.pth by"):
+        load_encoder(str(path), size="l")
     assert capsys.readouterr().err == ""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -102,6 +104,15 @@ class TestAgreement:
         # Adams' method of high order amplifies rounding, on some processors to more than 1e-5.
         images, loop = both(torch.float32)
         assert error(images, exact) < max(1e-5, 2 * error(loop, exact))
+
+    def test_several_threads_and_a_copy_draw_the_same(self) -> None:
+        engine = SamplingEngine(random_model(), replace(GUIDED, steps=20), batch_size=2)
+        starts = [noise(2) for _ in range(6)]
+        expected = [engine(start, [1, 2]) for start in starts]
+        with ThreadPoolExecutor(3) as pool:
+            drawn = list(pool.map(lambda start: engine(start, [1, 2]), starts))
+        assert all(map(torch.equal, drawn, expected))
+        assert torch.equal(copy.deepcopy(engine)(starts[0], [1, 2]), expected[0])
 
     def test_float64(self) -> None:
         model = random_model().double()

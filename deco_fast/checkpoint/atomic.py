@@ -179,9 +179,9 @@ def _cannot_write(path: Path, error: Exception) -> UserError:
         if error.filename and not Path(error.filename).name.startswith("."):
             reason += f": {error.filename}"
     kind, remedy = UserError, "choose a folder that can be written"
-    # NumPy's own words are "… requested and … written".
-    signs = ("no space left", "quota", "too large", "requested and")
-    if any(sign in reason.lower() for sign in signs):
+    if any(sign in reason.lower() for sign in ("no space left", "quota")):
+        kind = DiskFullError
+    # A file that is too large for its disk stays so; "… requested and … written" is NumPy's.
+    if kind is DiskFullError or "too large" in reason or "requested and" in reason:
         remedy = "free some space or choose another disk"
-        kind = DiskFullError if any(sign in reason.lower() for sign in signs[:2]) else UserError
     return kind(f"cannot write {path} ({reason}): {remedy}; what was saved before is still valid")

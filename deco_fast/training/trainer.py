@@ -152,24 +152,9 @@ class Trainer:
                     # A step that must not be saved has to be known by now.
                     for made in reader.flush():
                         self._note(made, window, monitor)
-                if saving:
-                    # The one before may wait for its disk: no time that a checkpoint takes.
-                    writer.wait()
-                    self.processes.barrier()
-                    began = time.monotonic()
-                    loader_state = batches.state_dict(self.step)
-                    failure = failure or batches.excess_of_damage(loader_state)
                     if failure is None and interrupt.data_failed:
                         failure = UserError("another process can read no more of its data")
-                    with self._after(failure):
-                        writer.save(self.step, loader_state)
-                        if self.processes.is_main:
-                            self._list_damaged()
-                        if last or stopping or failure is not None:
-                            writer.wait()
-                    if failure is not None:
-                        raise self._saved_after(failure)
-                    self.limit.saved(max(time.monotonic() - began, writer.slowest))
+                    self._save(writer, batches, failure, wait=last or stopping)
                 if last or (self.step % output.sample_every == 0 and not stopping):
                     self._show_samples(monitor, interrupt)
                 if stopping:
@@ -187,20 +172,49 @@ class Trainer:
         window.waited += time.perf_counter() - asked
         return batch
 
-    @contextmanager
-    def _after(self, failure: UserError | None) -> Iterator[None]:
-        """What fails in saving after a failure is told together with it."""
-        try:
-            yield
-        except UserError as error:
-            raise error if failure is None else UserError(f"{failure}; {error}") from failure
+    def _save(
+        self,
+        writer: state.CheckpointWriter,
+        batches: Batches,
+        failure: UserError | None,
+        *,
+        wait: bool,
+    ) -> None:
+        """Write the checkpoint of this step; all processes call it together.
 
-    def _saved_after(self, failure: UserError) -> UserError:
-        """What a process says whose run ends because of its data, once the checkpoint is there."""
-        # Where one leaves, torchrun ends the others, and the first may still be writing.
+        Args:
+            writer, batches: of this run.
+            failure: why the data can be read no more, in this process or another one.
+            wait: until it is on the disk, as after a failure.
+
+        Raises:
+            UserError: the failure, or too much damage, once the checkpoint is there; or it cannot
+                be written.
+        """
+        # The one before may wait for its disk: no time that a checkpoint takes.
+        writer.wait()
         self.processes.barrier()
-        saved = self.folder.checkpoint(self.step)
-        return UserError(f"{failure}; saved {saved}, from which the same command goes on")
+        began = time.monotonic()
+        loader_state = batches.state_dict(self.step)
+        failure = failure or batches.excess_of_damage(loader_state)
+        try:
+            writer.save(self.step, loader_state)
+            if self.processes.is_main:
+                self._list_damaged()
+            if wait or failure is not None:
+                writer.wait()
+        except UserError as error:
+            if failure is None:
+                raise
+            raise UserError(f"{failure}; {error}") from failure
+        self.limit.saved(max(time.monotonic() - began, writer.slowest))
+        if failure is not None:
+            # Where one leaves, torchrun ends the others, and the first may still be writing.
+            self.processes.barrier()
+            saved = self.folder.checkpoint(self.step)
+            raise UserError(
+                f"{failure}; saved {saved}, from which the same command goes on"
+            ) from failure
 
     def _note(self, made: MadeStep, window: Window, monitor: Monitor) -> None:
         """Take in the figures of a step.

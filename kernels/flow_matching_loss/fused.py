@@ -24,8 +24,7 @@ def flow_matching_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `deco_fast.losses.flow_matching_loss`.
 
-    Differentiable with respect to prediction and target. Left to the reference: tensors on several
-    devices, which it refuses, float64, a table
+    Differentiable with respect to prediction and target. Left to the reference: float64, a table
     or timestep weights that want a gradient, a target that wants a finer one than a bf16 prediction
     keeps, GPUs that are `is_foreign`, and all inside of `torch.func` transforms.
     """
@@ -33,7 +32,6 @@ def flow_matching_loss(
     coarse = target.requires_grad and target.dtype != torch.bfloat16
     coarse &= registration.loss_gradient_dtype(prediction) == torch.bfloat16
     known = prediction.dtype in _DTYPES and target.dtype in _DTYPES
-    known &= prediction.device == target.device
     foreign = is_foreign(prediction)
     if foreign or learned or coarse or not known or registration.within_transform():
         return reference.flow_matching_loss(prediction, target, table, weight, timestep_weight)

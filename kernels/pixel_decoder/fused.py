@@ -7,7 +7,6 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from deco_fast.errors import UserError
 from deco_fast.kernels.capability import is_foreign
 from deco_fast.kernels.memory import keeps_block_inputs
 from deco_fast.kernels.pixel_decoder import reference
@@ -66,18 +65,13 @@ def pixel_decoder(
     """See `deco_fast.ops.pixel_decoder`.
 
     Left to the reference: shapes that do not match, which it refuses, sizes and dtypes that the
-    kernels are not made for (`fits`), 64 channels
-    in float32 on GPUs with little shared memory, training in float32 on a GPU (where the Triton
-    kernels save memory and no time) unless a backend is forced, GPUs that are `is_foreign`, and
-    all inside of `torch.func` transforms.
+    kernels are not made for (`fits`), 64 channels in float32 on GPUs with little shared memory,
+    training in float32 on a GPU (where the Triton kernels save memory and no time) unless a
+    backend is forced, GPUs that are `is_foreign`, and all inside of `torch.func` transforms.
 
     The computation is in the dtype of the tokens, under autocast in that of autocast, and so is
     the velocity. The parameters stay as they are, so that no converted copy of them waits for the
     backward pass.
-
-    Raises:
-        UserError: the tensors are on several devices. torch's own products take those on `meta`,
-            and return what was in the memory.
     """
     foreign = is_foreign(tokens)
     if foreign or within_transform() or not fits(x, tokens, parameters, patch_size):
@@ -93,14 +87,9 @@ def pixel_decoder(
         *chain.from_iterable(p.blocks),
         *(p.output_weight, p.output_bias),
     ]
-    tensors = (x, tokens, p.upsample_weight, p.upsample_bias, *small)
-    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if any(tensor.device != tokens.device for tensor in tensors):
-        devices = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
-        raise UserError(
-            f"pixel_decoder got tensors on several devices ({devices}): move them to one, and load "
-            "the whole model"
-        )
+    trained = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (x, tokens, p.upsample_weight, p.upsample_bias, *small)
+    )
     if trained and _saves_no_time(tokens):
         return reference.pixel_decoder(x, tokens, parameters, patch_size, position)
     velocity, _, _ = fused_ops.pixel_decoder(
