@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -226,11 +227,15 @@ def test_a_run_stops_in_the_middle_of_a_grid(
 def test_a_log_that_cannot_be_written_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def add_scalar(*_: object) -> None:
+    def write(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", add_scalar)
+    tracebacks = list[threading.ExceptHookArgs]()
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", write)
     assert run(tmp_path / "run", 4) == 0
+    assert not tracebacks
+    assert threading.excepthook == tracebacks.append
     captured = capsys.readouterr()
     said = captured.out + captured.err
     assert said.count("TensorBoard's log cannot be written (No space left on device)") == 1

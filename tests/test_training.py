@@ -28,6 +28,7 @@ from deco_fast.training.batches import Batches, open_dataset
 from deco_fast.training.distributed import Processes
 from deco_fast.training.draws import Draws, draw_step
 from deco_fast.training.ema import ExponentialMovingAverage
+from deco_fast.training.run_folder import RunFolder
 from deco_fast.training.step import StepFigures, TrainingStep, learning_rate
 
 ROOT = Path(__file__).parent.parent
@@ -202,23 +203,35 @@ def test_a_run_that_has_to_stop_does_not_wait_for_a_full_disk(
     assert "No space left on device" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("moment", ["while a checkpoint is written", "after one"])
 def test_a_run_folder_that_was_renamed_meanwhile_can_be_taken_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    original = TrainingStep.__call__
+    original_step = TrainingStep.__call__
     folder, options = tmp_path / "run", ("--output.checkpoint_every=2",)
+    # Both are called by the thread that writes, at a known place in it.
+    owner, name = {
+        "while a checkpoint is written": (checkpoint_save, "write_checksums"),
+        "after one": (RunFolder, "drop_old_checkpoints"),
+    }[moment]
+    original = getattr(owner, name)
 
-    def rename_at_three(self: TrainingStep, step: int, batch: Batch) -> StepFigures:
-        if step == 2:
+    def rename(*arguments: Any) -> None:
+        if not (tmp_path / "renamed").exists():
             folder.rename(tmp_path / "renamed")
+        original(*arguments)
+
+    def stop(self: TrainingStep, step: int, batch: Batch) -> StepFigures:
         if step == 4:
             raise RuntimeError("power cut")
-        return original(self, step, batch)
+        return original_step(self, step, batch)
 
-    monkeypatch.setattr(TrainingStep, "__call__", rename_at_three)
+    monkeypatch.setattr(owner, name, rename)
+    monkeypatch.setattr(TrainingStep, "__call__", stop)
     with pytest.raises(RuntimeError, match="power cut"):
         run(folder, 5, *options)
     monkeypatch.undo()
+    assert (tmp_path / "renamed").is_dir()
     assert run(folder, 5, *options) == 0
     assert run(tmp_path / "whole", 5, *options) == 0
     assert_identical(saved(folder, 5), saved(tmp_path / "whole", 5))

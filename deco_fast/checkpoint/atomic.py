@@ -27,6 +27,10 @@ class DiskFullError(UserError):
     """A file cannot be written for want of space, which somebody may make."""
 
 
+class FolderGoneError(UserError):
+    """The folder that was being written to is not there any more: renamed, moved or deleted."""
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Write the yielded temporary file; on leaving it becomes `path`, or what `path` links to.
@@ -178,9 +182,12 @@ def _cannot_write(path: Path, error: Exception) -> UserError:
         reason = error.strerror
         if error.filename and not Path(error.filename).name.startswith("."):
             reason += f": {error.filename}"
-    kind, remedy = UserError, "choose a folder that can be written"
+    kind: type[UserError] = UserError
+    remedy = "choose a folder that can be written"
     if any(sign in reason.lower() for sign in ("no space left", "quota")):
         kind = DiskFullError
+    elif isinstance(error, FileNotFoundError) or "(os error 2)" in reason:
+        kind = FolderGoneError
     # A file that is too large for its disk stays so; "… requested and … written" is NumPy's.
     if kind is DiskFullError or "too large" in reason or "requested and" in reason:
         remedy = "free some space or choose another disk"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,7 @@ class Monitor:
     ) -> None:
         self.batch_size, self._enabled = config.training.batch_size, enabled
         self.device = device
+        self._folder, self._start_step = folder, start_step
         self.writer: SummaryWriter | None = None
         self._wandb: Any = None
         self._peak = device_peak(device, config.training.precision == "bf16")
@@ -63,8 +65,6 @@ class Monitor:
             self._step_flops = flops
             if config.output.wandb_project is not None:
                 self._wandb = _start_wandb(folder, config)
-            # Scalars of steps that a killed run made after its last checkpoint are made again.
-            self.writer = SummaryWriter(str(folder), purge_step=start_step + 1)
         self.bar = tqdm(
             total=config.training.steps * self.batch_size,
             initial=start_step * self.batch_size,
@@ -76,6 +76,12 @@ class Monitor:
         )
 
     def __enter__(self) -> Monitor:
+        self._hook = threading.excepthook
+        threading.excepthook = self._after_thread
+        if self._enabled:
+            with self._going_on_without_log():
+                # Scalars of steps that a killed run made after its last checkpoint are made again.
+                self.writer = SummaryWriter(str(self._folder), purge_step=self._start_step + 1)
         return self
 
     def __exit__(
@@ -88,6 +94,7 @@ class Monitor:
         if self.writer is not None:
             with self._going_on_without_log():
                 self.writer.close()
+        threading.excepthook = self._hook
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(kind is not None))
 
@@ -138,6 +145,11 @@ class Monitor:
         except OSError as error:
             self.writer = None
             self.say(f"TensorBoard's log cannot be written ({error.strerror}): going on without")
+
+    def _after_thread(self, failure: threading.ExceptHookArgs) -> None:
+        # The next call of TensorBoard raises what its thread could not write.
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            self._hook(failure)
 
 
 def _peak_memory(device: torch.device) -> int | None:

@@ -32,7 +32,7 @@ from deco_fast.checkpoint import (
     load_training_state,
     save_checkpoint,
 )
-from deco_fast.checkpoint.atomic import DiskFullError
+from deco_fast.checkpoint.atomic import DiskFullError, FolderGoneError
 from deco_fast.checkpoint.find import step_order
 from deco_fast.checkpoint.format import OPTIMIZER_FOLDER
 from deco_fast.checkpoint.load import open_checkpoint
@@ -51,7 +51,8 @@ _PAUSE_SECONDS = 20.0
 class CheckpointWriter:
     """Writes checkpoints while the training goes on, one at a time.
 
-    Where the disk is full, it is tried again for ten minutes.
+    Where the disk is full, it is tried again for ten minutes; where somebody renames the run's
+    folder in the middle, once, in a new one.
 
     Args:
         training: what to save.
@@ -157,7 +158,7 @@ class CheckpointWriter:
             # Of this process; it ends when all of them have written theirs.
             _result(self._shards)
         config = self.training.config
-        end, told = time.monotonic() + PATIENCE_SECONDS, False
+        end, told, renamed = time.monotonic() + PATIENCE_SECONDS, False, False
         while True:
             if told:  # the wait is not what a checkpoint takes
                 began = time.monotonic()
@@ -170,7 +171,12 @@ class CheckpointWriter:
                     training=state,
                     optimizer_folder=shards,
                 )
+                self.folder.restore_identity()
                 break
+            except FolderGoneError:
+                if renamed:
+                    raise
+                renamed = True
             except DiskFullError as error:
                 if time.monotonic() > end or self._has_to_hurry:
                     raise
@@ -178,7 +184,6 @@ class CheckpointWriter:
                     _log.warning("%s; trying again for ten minutes", error)
                     told = True
                 self._pause()
-        self.folder.restore_identity()
         self.folder.drop_old_checkpoints(config.output.keep_checkpoints, step)
         self.slowest = max(self.slowest, time.monotonic() - began)
 
