@@ -24,6 +24,7 @@ import torch
 import yaml
 
 from deco_fast.checkpoint import load_checkpoint, save_checkpoint
+from deco_fast.checkpoint.checksums import weights_checksum
 from deco_fast.checkpoint.load import open_checkpoint
 from deco_fast.checkpoint.source import Source
 from deco_fast.cli.parser import CommandParser, whole_number
@@ -38,7 +39,6 @@ from deco_fast.models.class_conditional import ClassConditional
 from deco_fast.models.config import ClassConfig
 from deco_fast.models.network import DeCoNetwork
 from deco_fast.resources import pretrained_folder
-from deco_fast.sampling.run import weights_checksum
 from deco_fast.sampling.source import SHIPPED, checkpoint_name
 from deco_fast.training.distributed import pick_device
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shlex
+import signal
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -502,6 +505,28 @@ class TestCommand:
         ((model, host, port, _),) = served
         assert (model.card.name, host, port) == ("deco-digits", "127.0.0.1", None)
         assert "(ships with the package)" in capsys.readouterr().out
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM that a program can catch")
+    def test_a_service_that_is_stopped_leaves_nothing_behind(self, tmp_path: Path) -> None:
+        root, temporary = Path(app.__file__).parents[2], tmp_path / "temporary"
+        temporary.mkdir()
+        process = subprocess.Popen(
+            [sys.executable, root / "app.py", "--device", "cpu"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"TMPDIR": str(temporary)},
+        )
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        assert any(line.startswith("page ") for line in lines)
+        assert list(temporary.glob("deco-app-*"))
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=120)
+        assert process.returncode in (0, 130)
+        assert "Traceback" not in rest
+        assert not list(temporary.glob("deco-app-*"))
 
     def test_a_configuration_brings_size_and_settings(
         self, by_class: ServedModel, served: list[Any]

@@ -378,6 +378,8 @@ def test_a_preset_replaces_the_card_and_must_fit(tmp_path: Path, folder: Path) -
 def test_devices_and_dtypes_that_cannot_be(folder: Path) -> None:
     with pytest.raises(UserError, match=r"weights cannot be torch\.int32"):
         load_checkpoint(folder, dtype=torch.int32)
+    with pytest.raises(UserError, match="weights cannot be bf16: choose"):
+        load_checkpoint(folder, dtype="bf16")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="no device 'gpu' here"):
         load_checkpoint(folder, device="gpu")
     if not torch.cuda.is_available():

@@ -234,9 +234,13 @@ def test_16_bit_grey_keeps_its_shades() -> None:
     np.testing.assert_array_equal(rgb[..., 1].ravel(), np.arange(256))
 
 
-def test_floating_point_pixels_are_refused() -> None:
+def test_pixels_of_unknown_range_are_refused() -> None:
     with pytest.raises(ValueError, match="range"):
         to_rgb(Image.new("F", (4, 4)))
+    file = io.BytesIO()
+    Image.new("I", (4, 4), 200).save(file, format="TIFF")
+    with Image.open(file) as image, pytest.raises(ValueError, match="32-bit integers of unknown"):
+        to_rgb(image)
 
 
 def test_pixels_are_scaled_to_minus_one_and_one() -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from deco_fast import DeCo, DeCoConfig, load_checkpoint
 from deco_fast.checkpoint import save_checkpoint
+from deco_fast.checkpoint.checksums import weights_checksum
 from deco_fast.checkpoint.lock import alone_in
 from deco_fast.cli.sample import main
 from deco_fast.models.card import ModelCard, SamplingSettings
@@ -34,7 +35,6 @@ from deco_fast.sampling.run import (
     _one_behind,
     draw,
     share,
-    weights_checksum,
 )
 from deco_fast.sampling.source import checkpoint_name, newest_finished_run
 from deco_fast.sampling.writers import NpzFile, PngFolder

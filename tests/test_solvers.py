@@ -389,6 +389,14 @@ def test_the_first_step_is_never_guided_and_the_others_are() -> None:
     assert network.conditions[1].tolist() == [8, 9, 1, 2]
 
 
+def test_labels_may_be_a_list() -> None:
+    network = Recorder()
+    sample(network, torch.zeros(2, 1, 2, 2), [1, 2], steps=1)
+    assert network.conditions[0].tolist() == [1, 2]
+    with pytest.raises(ValueError, match="2 noises but conditions of shape"):
+        sample(network, torch.zeros(2, 1, 2, 2), [1, 2, 3], steps=1)
+
+
 def test_guidance_with_rescale_reaches_the_velocity() -> None:
     noise = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     arguments: Any = {"steps": 2, "guidance_scale": 3.0}

@@ -119,6 +119,20 @@ class TestPrompts:
         name = "000000-prompt0.png"
         np.testing.assert_array_equal(pixels(Path("long") / name), pixels(Path("short") / name))
 
+    def test_images_by_another_encoder_do_not_mix(
+        self, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        tiny_qwen3.save(tmp_path / "qwen")
+        words = ("--prompt", "a cat", "--num", 2, "--out", "o", "--text-encoder")
+        assert run(*words, "qwen") == 0
+        Path("qwen").rename("moved")
+        tiny_qwen3.save(tmp_path / "qwen", seed=1)
+        capsys.readouterr()
+        assert run(*words, "qwen") == 2
+        assert "o holds images of other settings (text_encoder_checksum" in capsys.readouterr().err
+        assert run(*words, "moved") == 0
+        assert "o holds these images already" in capsys.readouterr().out
+
     def test_an_npz_file(self, run: Callable[..., int]) -> None:
         assert run("--prompt", "a", "--prompt", "b", "--num", 3, "--npz", "out.npz") == 0
         with np.load("out.npz") as arrays:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -142,6 +143,26 @@ def test_a_stopped_run_resumes_bit_identically(
     monkeypatch.undo()
     assert run(config, tmp_path / "stopped", *options) == 0
     assert_identical(saved(tmp_path / "whole", 6), saved(tmp_path / "stopped", 6))
+
+
+@pytest.mark.slow
+def test_another_encoder_does_not_go_on_with_a_run(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder, moved = tmp_path / "encoder", tmp_path / "moved"
+    tiny_qwen3.save(encoder)
+    options = ("--training.steps=2", "--output.checkpoint_every=1")
+    assert run(config, tmp_path / "run", *options, f"--text.encoder={encoder}") == 0
+    (tmp_path / "run/finished").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000002")
+    encoder.rename(moved)
+    tiny_qwen3.save(encoder, seed=1)
+    capsys.readouterr()
+    assert run(config, tmp_path / "run", *options, f"--text.encoder={encoder}") == 2
+    error = capsys.readouterr().err
+    assert f"{encoder} is not the text encoder that" in error and error.count("\n") == 1
+    # Wherever it lies: the weights count.
+    assert run(config, tmp_path / "run", *options, f"--text.encoder={moved}") == 0
 
 
 @pytest.mark.slow

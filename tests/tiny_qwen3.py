@@ -30,7 +30,7 @@ MODEL_CONFIG = DeCoT2IConfig(
 """A tiny text model that draws from its features."""
 
 
-def save(folder: Path) -> Path:
+def save(folder: Path, seed: int = 0) -> Path:
     """Write model and tokenizer; each byte is a token, numbered from 1, and 0 is the padding."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {PAD: 0} | {letter: i for i, letter in enumerate(alphabet, start=1)}
@@ -49,7 +49,7 @@ def save(folder: Path) -> Path:
         max_position_embeddings=512,
     )
     with torch.random.fork_rng(), quiet_transformers():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         Qwen3Model(config).save_pretrained(folder)
         fast.save_pretrained(folder)
     return folder

@@ -52,8 +52,10 @@ def load_checkpoint(
         UserError: there is no such file, it is damaged or of something else, it has code in it,
             lacks these weights, or is not of the preset's architecture.
     """
-    if not dtype.is_floating_point:
-        raise UserError(f"weights cannot be {dtype}: choose float32, bfloat16 or float16")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError(
+            f"weights cannot be {dtype}: choose torch.float32, torch.bfloat16 or torch.float16"
+        )
     target = _usable(device)
     source = open_checkpoint(path, weights, preset)
     check_undamaged(source.path)

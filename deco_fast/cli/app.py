@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -50,10 +53,20 @@ def main(argv: list[str] | None = None) -> int:
     from deco_fast.app.server import serve
 
     # gradio's own folder is one for all users of the machine, and is left behind.
-    with tempfile.TemporaryDirectory(prefix="deco-app-") as folder:
+    with _ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="deco-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         serve(served, options.host, options.port, lambda address: _say("page", address))
     return 0
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM, with which a service manager ends a program, is an interrupt."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _say(title: str, text: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deco_fast import __version__
 from deco_fast.checkpoint import load_checkpoint
+from deco_fast.checkpoint.checksums import weights_checksum
 from deco_fast.checkpoint.find import locate
 from deco_fast.checkpoint.format import WEIGHTS
 from deco_fast.cli.parser import checked, not_empty, number, one_of, to_path, whole_number
@@ -26,7 +27,7 @@ from deco_fast.models.network import DeCoNetwork
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import save_grid
 from deco_fast.sampling.recipes import resolve_settings
-from deco_fast.sampling.run import draw, labels_for, weights_checksum
+from deco_fast.sampling.run import draw, labels_for
 from deco_fast.sampling.source import checkpoint_name, default_checkpoint
 from deco_fast.sampling.writers import check_writable
 from deco_fast.solvers import check_solver

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from deco_fast import __version__
 from deco_fast.checkpoint import load_checkpoint
+from deco_fast.checkpoint.checksums import weights_checksum
 from deco_fast.checkpoint.find import locate
 from deco_fast.checkpoint.format import WEIGHTS
 from deco_fast.cli.parser import checked, not_empty, one_of, to_path, whole_number
@@ -21,7 +22,6 @@ from deco_fast.evaluation.spectrum_report import draw_spectra, high_share_lines,
 from deco_fast.models.config import class_config
 from deco_fast.models.network import DeCoNetwork
 from deco_fast.sampling.batch_size import default_batch_size
-from deco_fast.sampling.run import weights_checksum
 from deco_fast.sampling.source import checkpoint_name, default_checkpoint
 from deco_fast.sampling.writers import check_writable
 from deco_fast.training.distributed import pick_device

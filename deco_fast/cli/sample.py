@@ -15,6 +15,7 @@ import torch
 
 from deco_fast import __version__, ops
 from deco_fast.checkpoint import load_checkpoint, read_card, read_config
+from deco_fast.checkpoint.checksums import weights_checksum
 from deco_fast.checkpoint.find import locate
 from deco_fast.checkpoint.lock import alone_in
 from deco_fast.cli.sample_options import DTYPES, sample_parser
@@ -38,7 +39,6 @@ from deco_fast.sampling.recipes import recipe_settings, resolve_settings
 from deco_fast.sampling.run import (
     draw,
     share,
-    weights_checksum,
 )
 from deco_fast.sampling.source import checkpoint_name, default_checkpoint
 from deco_fast.sampling.text_encoder import cut_prompts, open_text_encoder, text_encoder_path
@@ -197,7 +197,7 @@ def _run(plan: _Plan, options: argparse.Namespace, processes: Processes) -> int:
         say("", "this processor is slower in bf16: --dtype fp32 draws faster")
 
     # The first process makes the place for the images, alone in it, then the others find it.
-    record = _record(plan, options, model)
+    record = _record(plan, options, model, encoder)
     output = _choose_output(plan, options, record) if processes.is_main else None
     if output is not None:
         _check_grid(options, output)
@@ -284,14 +284,19 @@ def _batch_size(plan: _Plan, engine_of: Callable[..., SamplingEngine], processes
     return processes.least(fitting)
 
 
-def _record(plan: _Plan, options: argparse.Namespace, model: DeCoNetwork) -> dict[str, Any]:
+def _record(
+    plan: _Plan,
+    options: argparse.Namespace,
+    model: DeCoNetwork,
+    encoder: Qwen3TextEncoder | None,
+) -> dict[str, Any]:
     """What the images are drawn with, to be kept beside them."""
     return {
         "checkpoint": str(plan.checkpoint),
         "weights": options.weights,
         "weights_checksum": weights_checksum(model),
         "num": len(plan.job.labels),
-        **_recorded_conditions(plan, options),
+        **_recorded_conditions(plan, options, encoder),
         "height": plan.height,
         "width": plan.width,
         "seed": options.seed,
@@ -369,13 +374,16 @@ def _describe_prompts(
     return lines + cut_prompts(encoder, [*job.prompts, options.negative_prompt])
 
 
-def _recorded_conditions(plan: _Plan, options: argparse.Namespace) -> dict[str, Any]:
-    if plan.job.prompts is None:
+def _recorded_conditions(
+    plan: _Plan, options: argparse.Namespace, encoder: Qwen3TextEncoder | None
+) -> dict[str, Any]:
+    if encoder is None:
         return {"classes": options.classes}
     return {
         "prompts": plan.job.prompts,
         "negative_prompt": options.negative_prompt,
-        "text_encoder": text_encoder_path(options.text_encoder, plan.card),
+        "text_encoder": encoder.path,
+        "text_encoder_checksum": encoder.fingerprint,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deco_fast.checkpoint.checksums import weights_checksum
 from deco_fast.checkpoint.find import HUB_SCHEME
 from deco_fast.conditioning.unicode import check_unicode
 from deco_fast.errors import UserError
@@ -110,6 +112,11 @@ class Qwen3TextEncoder:
         while len(self._cache) > _CACHED_PROMPTS:
             self._cache.popitem(last=False)
         return torch.stack([found[prompt] for prompt in prompts])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this language model from another in the same place."""
+        return weights_checksum(self._model)
 
     def to(self, device: str | torch.device) -> Qwen3TextEncoder:
         """Move the language model, and forget what was encoded elsewhere; returns itself."""

@@ -23,10 +23,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """`image` in mode RGB; alpha is dropped, as in the published pipeline.
 
     Raises:
-        ValueError: for floating-point pixels, whose range the file does not tell.
+        ValueError: for floating-point and 32-bit pixels, whose range the file does not tell.
     """
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range")
+    if image.mode == "I" and image.format == "TIFF":  # in other formats these are 16 bits
+        raise ValueError("its pixels are 32-bit integers of unknown range")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow clips 16-bit grey at 255, which turns almost every such image white.
         grey = np.asarray(image, dtype=np.float64) / 257

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from deco_fast.checkpoint import load_checkpoint
+from deco_fast.checkpoint.checksums import weights_checksum
 from deco_fast.checkpoint.lock import alone_in
 from deco_fast.compiling import explain_compile_errors, keep_compiled_code
 from deco_fast.errors import UserError
@@ -40,7 +41,7 @@ from deco_fast.experiments.table import RunResult, write_tables
 from deco_fast.experiments.values import KeptValues
 from deco_fast.models.config import class_config
 from deco_fast.sampling.engine import SamplingEngine
-from deco_fast.sampling.run import draw, labels_for, weights_checksum
+from deco_fast.sampling.run import draw, labels_for
 from deco_fast.training.distributed import Processes
 from deco_fast.training.initial import InitialWeights, open_initial_weights
 from deco_fast.training.run_folder import RunFolder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ VelocityModel = Callable[[Tensor, Tensor, Tensor], Tensor]
 def sample(
     model: VelocityModel,
     noise: Tensor,
-    condition: Tensor,
+    condition: Tensor | Sequence[int],
     uncondition: Tensor | None = None,
     *,
     steps: int = 100,
@@ -36,7 +36,7 @@ def sample(
     Args:
         model: `DeCo`, or any callable (x, t, condition) → velocity.
         noise: (B, C, H, W), standard normal.
-        condition: (B, …), class labels (B,) for DeCo.
+        condition: (B, …), class labels (B,) for DeCo; these may be a list.
         uncondition: what takes the condition's place in the unconditional half; by default the
             null class of the model.
         steps: solver steps.
@@ -59,6 +59,7 @@ def sample(
     check_solver(solver, order)
     check_interval(guidance_interval)
     times = time_grid(steps, time_shift)
+    condition = torch.as_tensor(condition, device=noise.device)
     if condition.shape[:1] != noise.shape[:1]:
         raise ValueError(
             f"{len(noise)} noises but conditions of shape {tuple(condition.shape)}: one each"

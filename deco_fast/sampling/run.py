@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -12,7 +11,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deco_fast.errors import UserError
-from deco_fast.models.network import DeCoNetwork
 from deco_fast.sampling.condition_table import Condition
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import to_uint8
@@ -156,20 +154,6 @@ def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
         yield held.pop()
         held.append(item)
     yield from held
-
-
-def weights_checksum(model: DeCoNetwork) -> str:
-    """Sixteen hexadecimal digits that tell two sets of weights apart, the same on any device.
-
-    A sum over the bits of each tensor: exact in any order, and a moment's work for any size.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in model.named_parameters():
-        bits = parameter.detach().view(
-            torch.int32 if parameter.element_size() == 4 else torch.int16
-        )
-        digest.update(f"{name} {tuple(bits.shape)} {int(bits.sum(dtype=torch.int64))};".encode())
-    return digest.hexdigest()
 
 
 def check_finite(finite: Tensor, indices: Sequence[int], dtype: torch.dtype) -> None:

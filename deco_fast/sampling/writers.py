@@ -41,7 +41,7 @@ _PARTS = rf"(\d{{8}})-(\d{{8}})\.npy|{re.escape(_WHOLE)}|{re.escape(SETTINGS_FIL
 """What FILE.partial holds, of an NpzFile."""
 
 # The same images may come from elsewhere, by other means, and go elsewhere.
-_FREE = frozenset({"checkpoint", "device", GRID_FOLDER_KEY})
+_FREE = frozenset({"checkpoint", "text_encoder", "device", GRID_FOLDER_KEY})
 
 
 class PngFolder:

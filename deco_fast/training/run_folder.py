@@ -29,6 +29,7 @@ _FREE = (
     "data.workers",
     "data.prefetch",
     "alignment.encoder",
+    "text.encoder",
     "alignment.cache",
     "training.cuda_graph",
     "training.gradient_accumulation",

@@ -36,6 +36,7 @@ from deco_fast.checkpoint.atomic import DiskFullError, FolderGoneError
 from deco_fast.checkpoint.find import step_order
 from deco_fast.checkpoint.format import OPTIMIZER_FOLDER
 from deco_fast.checkpoint.load import open_checkpoint
+from deco_fast.conditioning.qwen3 import Qwen3TextEncoder
 from deco_fast.errors import UserError
 from deco_fast.training.parallel import set_weights
 from deco_fast.training.run_folder import RunFolder
@@ -116,6 +117,7 @@ class CheckpointWriter:
             "random": {"torch": torch.get_rng_state()},
             "world_size": training.processes.world_size,
             "encoder": _encoder(training),
+            "text_encoder": _text_encoder(training),
         }
         self._written = self._thread.submit(self._write, step, weights, state, shards, began)
 
@@ -249,7 +251,7 @@ def resume(training: TrainingStep, checkpoint: Path) -> dict[str, Any]:
         Its "step" and "loader".
 
     Raises:
-        UserError: it cannot be read, or another encoder trained it.
+        UserError: it cannot be read, or it was trained with another encoder.
     """
     set_weights(training.model, open_checkpoint(checkpoint, "model").state_dict())
     set_weights(training.ema.model, open_checkpoint(checkpoint, "ema").state_dict())
@@ -261,6 +263,13 @@ def resume(training: TrainingStep, checkpoint: Path) -> dict[str, Any]:
                 "trained with: give that one by --repa FILE"
             )
         set_weights(training.objective.projector, open_checkpoint(checkpoint).projector())
+    text_encoder = _text_encoder(training)
+    # Not noted in checkpoints of before 2026-11-28.
+    if text_encoder is not None and state.get("text_encoder", text_encoder) != text_encoder:
+        raise UserError(
+            f"{training.config.text.encoder} is not the text encoder that {checkpoint} was trained "
+            "with: give that one by --text.encoder FOLDER"
+        )
     optimizer = get_optimizer_state_dict(training.objective, training.optimizer)
     shards = checkpoint / OPTIMIZER_FOLDER
     if shards.is_dir():
@@ -284,6 +293,12 @@ def resume(training: TrainingStep, checkpoint: Path) -> dict[str, Any]:
 def _encoder(training: TrainingStep) -> str | None:
     """Which weights REPA's encoder has, where the run has one."""
     return None if training.features is None else training.features.encoder.fingerprint
+
+
+def _text_encoder(training: TrainingStep) -> str | None:
+    """Which weights the text encoder has, where the run has one."""
+    encoder = training.encode_text
+    return encoder.fingerprint if isinstance(encoder, Qwen3TextEncoder) else None
 
 
 def choose_checkpoint(training: TrainingStep, folder: RunFolder) -> tuple[Path | None, list[str]]:
