@@ -40,6 +40,14 @@ def test_linear(dtype: torch.dtype, rows: int, depth: int, width: int) -> None:
     assert relative_error(packed_linear(x, pack(weight), None, width), expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("depth", [512, 514, 1026, 2816])
+def test_deep_products(dtype: torch.dtype, depth: int) -> None:
+    x, weight, bias = layer(130, depth, 70, dtype)
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    assert relative_error(packed_linear(x, pack(weight), bias, 70), expected) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize(("depth", "width"), [(64, 64), (1152, 3456), (3072, 100)])
 def test_three_products_are_nearer_to_float32_than_to_bfloat16(depth: int, width: int) -> None:
     x, weight, bias = layer(130, depth, width, torch.float32)
