@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -15,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import report
 from benchmarks.comparison import Compare, Comparison
-from benchmarks.machine import Machine
+from benchmarks.machine import Machine, commit
 from benchmarks.models import ModelTable, describe_models
 from benchmarks.settings import Settings
 
@@ -105,24 +103,6 @@ def compare(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Comp
     return Compare(benchmark, session.machine, session.settings.seconds, session.outcomes)
 
 
-def _commit() -> str:
-    """The checkout's commit, "-dirty" where files differ from it.
-
-    Outside of git what DECO_COMMIT says, for a copy that was sent to a machine with a GPU.
-    """
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("DECO_COMMIT", "unknown")
-    return described.stdout.strip()
-
-
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
@@ -141,7 +121,7 @@ def pytest_terminal_summary(
     record = {
         "format": RECORD_FORMAT,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "command": shlex.join(["pytest", *sys.argv[1:]]),
         "note": config.getoption("note"),
         "failed": len(terminalreporter.getreports("failed")),

@@ -7,8 +7,10 @@ import importlib.metadata
 import os
 import platform
 import random
+import subprocess
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cpuinfo  # type: ignore[import-untyped]
@@ -150,3 +152,21 @@ class Machine:
             },
             "copy_bytes_per_second": self.copy_bandwidth,
         }
+
+
+def commit() -> str:
+    """The checkout's commit, "-dirty" where files differ from it.
+
+    Outside of git what DECO_COMMIT says, for a copy that was sent to a machine with a GPU.
+    """
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("DECO_COMMIT", "unknown")
+    return described.stdout.strip()

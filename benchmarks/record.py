@@ -5,8 +5,9 @@
     python -m benchmarks.record OUT --device cpu --trial   does the script work?
 
 Each piece is a process of its own that ends within ten minutes or is ended, and leaves a folder
-in OUT: its output, its exit status, its figures. A piece that has passed is not run again. At the
-end, and after every piece, `record.json` and `record.md` hold all figures there are.
+in OUT: its output, its exit status, its figures. A piece that has passed is not run again; a folder
+is of one commit and device. At the end, and after every piece, `record.json` and `record.md` hold
+all figures there are.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import IO, Any
 import torch
 
 from benchmarks.comparison import Comparison, Row
+from benchmarks.machine import commit
 from benchmarks.models import ModelTable, describe_models
 from benchmarks.profile_step import describe_profile
 from benchmarks.report import describe_comparison, describe_machine
@@ -44,6 +46,7 @@ SECONDS_TO_SAVE = 20
 FIGURES = "figures.json"
 STATUS = "status.json"
 LOG = "log.txt"
+OF = "of.txt"
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def run_piece(piece: Piece, out: Path, seconds: float) -> int:
 
 
 def _run(command: Sequence[str], environment: dict[str, str], log: IO[str], seconds: float) -> int:
-    """Its exit status.
+    """Its exit status. What it has started ends with it, for that would disturb the next piece.
 
     Raises:
         subprocess.TimeoutExpired: it took too long, was interrupted, which lets pytest save what it
@@ -172,20 +175,31 @@ def _run(command: Sequence[str], environment: dict[str, str], log: IO[str], seco
     if deaf:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     if deaf:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     with process:
         try:
             return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            _signal_all(process, signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(SECONDS_TO_SAVE)
             raise
         finally:
-            process.kill()
+            _signal_all(process, signal.SIGKILL)
+
+
+def _signal_all(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Signal the group of a process, which may be left where the process itself has ended."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def passed(piece: Piece, out: Path) -> bool:
@@ -271,12 +285,27 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _claim(out: Path, device: str) -> None:
+    """See that the folder's figures are of this commit and device, or shall be.
+
+    Raises:
+        UserError: they are of others.
+    """
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    this = f"commit {commit()} on {name}"
+    file = out / OF
+    if not file.exists():
+        file.write_text(f"{this}\n", encoding="utf-8")
+    elif (other := file.read_text(encoding="utf-8").strip()) != this:
+        raise UserError(f"{out} is the record of {other}, and this is {this}: choose another OUT")
+
+
 @run_command
 def main(argv: list[str] | None = None) -> int:
     """Run what has not passed yet; 1 if a piece fails or is left over.
 
     Raises:
-        UserError: there is no GPU, or no such piece.
+        UserError: there is no GPU, or no such piece, or OUT is of another commit or device.
     """
     options = _options(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -288,6 +317,7 @@ def main(argv: list[str] | None = None) -> int:
         if name not in names:
             raise UserError(f"--only {name}: there is no such piece; choose {', '.join(names)}")
     out.mkdir(parents=True, exist_ok=True)
+    _claim(out, options.device)
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     incomplete = False
     for piece in chosen:

@@ -14,9 +14,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -137,6 +139,18 @@ _implementations, _absent = _load()
 _forced: str | None = os.environ.get("DECO_BACKEND") or None
 
 
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """One `with use_backend(…)` that is being executed."""
+
+    backend: str
+
+
+_blocks: list[_Block] = []
+_forced_outside = _forced  # of all blocks
+_entering = threading.Lock()
+
+
 def _check_name(backend: str, origin: str) -> None:
     if backend not in BACKENDS:
         raise UserError(f"{origin}: unknown backend '{backend}'; choose {', '.join(BACKENDS)}")
@@ -223,6 +237,8 @@ def backends() -> dict[str, dict[str, str | None]]:
 def use_backend(name: str) -> Iterator[None]:
     """Compute every op inside the `with` block with one backend, in all threads.
 
+    Of several blocks at once the one that was entered last decides, whichever thread entered it.
+
     Args:
         name: `"reference"`, `"triton"` or `"cpp"`.
 
@@ -230,10 +246,18 @@ def use_backend(name: str) -> Iterator[None]:
         UserError: if there is no such backend; inside the block, when an op is called that the
             backend cannot compute.
     """
-    global _forced
+    global _forced, _forced_outside
     _check_name(name, "use_backend")
-    previous, _forced = _forced, name
+    block = _Block(name)
+    with _entering:
+        if not _blocks:
+            _forced_outside = _forced
+        _blocks.append(block)
+        _forced = name
     try:
         yield
     finally:
-        _forced = previous
+        with _entering:
+            # Not always the last one: another thread may have entered one since.
+            _blocks.remove(block)
+            _forced = _blocks[-1].backend if _blocks else _forced_outside

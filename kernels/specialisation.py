@@ -31,6 +31,8 @@ class Specialisation:
     """The `tl.constexpr` arguments, and pointers that are None."""
     num_warps: int = 4
     num_stages: int = 1
+    programs: int = 1
+    """Launched for each multiprocessor, to be on it at the same time."""
     divisible_by_16: frozenset[str] | None = None
     """Arguments that the launch finds divisible by 16; None for all pointers."""
     stack_bytes: int = 0

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import triton
 from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -42,10 +43,10 @@ def is_on() -> bool:
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """Median time of a call on the GPU, and infinity where the GPU cannot hold the kernel."""
+    """Median time of a call on the GPU; infinity where the kernel or its buffers do not fit."""
     try:
         return float(triton.testing.do_bench(run, return_mode="median"))
-    except (OutOfResources, PTXASError):
+    except (OutOfResources, PTXASError, torch.OutOfMemoryError):
         return float("inf")
 
 

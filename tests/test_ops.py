@@ -144,6 +144,16 @@ def test_use_backend_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry._forced is None
 
 
+def test_blocks_of_use_backend_may_end_in_any_order() -> None:
+    first, second = ops.use_backend("reference"), ops.use_backend("triton")
+    first.__enter__()
+    second.__enter__()  # as another thread would
+    first.__exit__(None, None, None)
+    assert registry._forced == "triton"
+    second.__exit__(None, None, None)
+    assert registry._forced is None
+
+
 def test_forcing_what_is_absent_names_op_backend_reason_and_remedy(
     monkeypatch: pytest.MonkeyPatch, parameters: PixelDecoderParameters
 ) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,32 @@ except KeyboardInterrupt:
     # One that does not end then either is killed.
     monkeypatch.setattr(record, "SECONDS_TO_SAVE", 0.2)
     assert run_piece(script("stays", code.format("while True: time.sleep(1)")), tmp_path, 3) == 124
+
+
+def test_what_a_piece_has_started_ends_with_it(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    child = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    starts = f"""
+import os, subprocess, sys
+process = subprocess.Popen([sys.executable, "-c", {child!r}])
+while not os.path.exists({str(pid)!r}) or not open({str(pid)!r}).read(): pass
+"""
+    assert run_piece(script("starts", starts), tmp_path, 60) == 0
+    with pytest.raises(ProcessLookupError):
+        for _ in range(600):  # the kernel may take a moment, and init to reap it
+            os.kill(int(pid.read_text()), 0)
+            time.sleep(0.1)
+
+
+def test_a_folder_is_of_one_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(record, "pieces", lambda *_: [script("good", "")])
+    for commit, status in (("abc", 0), ("abc", 0), ("def", 2)):
+        monkeypatch.setattr(record, "commit", lambda commit=commit: commit)
+        assert main([str(tmp_path), "--device", "cpu"]) == status
+    error = capsys.readouterr().err
+    assert "is the record of commit abc on CPU, and this is commit def on CPU: choose" in error
 
 
 def test_typed_again_it_goes_on(

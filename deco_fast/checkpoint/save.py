@@ -23,9 +23,11 @@ from deco_fast.checkpoint.format import (
     Header,
     weights_file,
 )
+from deco_fast.checkpoint.source import tensor_problems
+from deco_fast.models.build import empty_network
 from deco_fast.models.card import ModelCard
 from deco_fast.models.config import NetworkConfig
-from deco_fast.models.network import DeCoNetwork
+from deco_fast.models.network import DeCoNetwork, check_bare
 
 Network = DeCoNetwork | Mapping[str, Tensor]
 
@@ -63,7 +65,8 @@ def save_checkpoint(
     Raises:
         UserError: the folder cannot be written (a full disk, no permission), or holds files that
             are not a checkpoint's. Older checkpoints, and one in this place, are untouched.
-        ValueError: there is nothing to save, no config, or `training` holds another type.
+        ValueError: there is nothing to save, no config, `training` holds another type, or the
+            tensors or the card are not what could be read again.
     """
     networks = {"model": model, "ema": ema}
     names = [name for name in WEIGHTS if networks[name] is not None]
@@ -78,13 +81,16 @@ def save_checkpoint(
     if optimizer_folder is not None:
         files.append(OPTIMIZER_FOLDER)
     files.append(CHECKSUMS_FILE)
+    checked = {
+        name: _checked(network, config, card)
+        for name, network in networks.items()
+        if network is not None
+    }
     folder = Path(folder)
     with atomic_folder(folder, owned=FOLDER_FILES) as temporary:
-        for name in names:
-            network = networks[name]
-            assert network is not None
-            header = Header(name, _config(network, config), card, tuple(files))
-            _write_tensors(temporary / weights_file(name), network, header.to_metadata())
+        for name, (tensors, of_network) in checked.items():
+            header = Header(name, of_network, card, tuple(files))
+            _write_tensors(temporary / weights_file(name), tensors, header.to_metadata())
         if projector:
             _write_tensors(temporary / PROJECTOR_FILE, projector, {})
         if training is not None:
@@ -129,14 +135,16 @@ def save_weights(
 
     Raises:
         UserError: the file cannot be written; one that was there is still there.
-        ValueError: a weight is too large for `dtype`, `weights` is neither, or no config.
+        ValueError: a weight is too large for `dtype`, `weights` is neither, no config, or the
+            tensors or the card are not what could be read again.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be 'ema' or 'model', not '{weights}'")
     path = Path(path)
-    header = Header(weights, _config(model, config), card)
+    tensors, config = _checked(model, config, card)
+    header = Header(weights, config, card)
     with atomic_file(path) as temporary:
-        _write_tensors(temporary, model, header.to_metadata(), dtype)
+        _write_tensors(temporary, tensors, header.to_metadata(), dtype)
     return path
 
 
@@ -155,18 +163,38 @@ def write_torch(path: Path, content: Any) -> None:
             raise
 
 
-def _config(network: Network, config: NetworkConfig | None) -> NetworkConfig:
-    if isinstance(network, DeCoNetwork):
-        return network.config
-    if config is None:
-        raise ValueError("a state dict does not tell its configuration: pass config")
-    return config
+def _checked(
+    network: Network, config: NetworkConfig | None, card: ModelCard
+) -> tuple[Mapping[str, Tensor], NetworkConfig]:
+    """The tensors and their configuration; ValueError for what could not be read again."""
+    if isinstance(network, Mapping):
+        if config is None:
+            raise ValueError("a state dict does not tell its configuration: pass config")
+        tensors = network
+    else:
+        check_bare(network)
+        config, tensors = network.config, network.state_dict()
+    ModelCard.from_json(card.to_json())
+    if sharded := [name for name, tensor in tensors.items() if hasattr(tensor, "full_tensor")]:
+        raise ValueError(
+            f"{sharded[0]} is sharded: gather the state dict, by get_model_state_dict with "
+            "full_state_dict=True"
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if problems := tensor_problems(empty_network(config, card), shapes):
+        raise ValueError(f"these are not the tensors of the configuration: {problems}")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has {tensor.dtype}: weights are floating-point numbers")
+    return tensors, config
 
 
 def _write_tensors(
-    path: Path, network: Network, metadata: dict[str, str], dtype: torch.dtype | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str],
+    dtype: torch.dtype | None = None,
 ) -> None:
-    tensors = network.state_dict() if isinstance(network, DeCoNetwork) else network
     converted = {}
     for name, tensor in tensors.items():
         converted[name] = tensor.detach().to(dtype=dtype or tensor.dtype).contiguous()

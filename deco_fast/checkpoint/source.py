@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,32 @@ from deco_fast.models.network import DeCoNetwork
 
 class MissingWeightsError(UserError):
     """A checkpoint is all right but does not hold the weights that were asked for."""
+
+
+def tensor_problems(
+    model: DeCoNetwork,
+    shapes: Mapping[str, tuple[int, ...]],
+    called: Callable[[str], str] = str,
+    extra: Sequence[str] = (),
+) -> str:
+    """How tensors differ from those of a network, in words; empty where they are the same.
+
+    Args:
+        model: the network.
+        shapes: of the tensors, by our names.
+        called: what to call one.
+        extra: tensors that are unknown in any case.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = [called(name) for name in expected if name not in shapes]
+    unknown = [*extra, *(called(name) for name in shapes if name not in expected)]
+    wrong = [
+        f"{called(name)} {shapes[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    kinds = ((missing, "missing"), (unknown, "unknown"), (wrong, "of the wrong shape"))
+    return ", ".join(f"{len(names)} {what} ({listed(names)})" for names, what in kinds if names)
 
 
 @dataclass(frozen=True)
@@ -61,26 +87,9 @@ class Source:
             UserError: the file's tensors are not the ones that it needs.
         """
         model = empty_network(self.config, self.card)
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        missing = [self.name_in_file(name) for name in expected if name not in self.shapes]
-        extra = [self.name_in_file(name) for name in self.shapes if name not in expected]
-        wrong = [
-            f"{self.name_in_file(name)} {self.shapes[name]} instead of {shape}"
-            for name, shape in expected.items()
-            if name in self.shapes and self.shapes[name] != shape
-        ]
-        problems = [
-            f"{len(names)} {what} ({listed(names)})"
-            for names, what in (
-                (missing, "missing"),
-                ([*self.extra, *extra], "unknown"),
-                (wrong, "of the wrong shape"),
-            )
-            if names
-        ]
-        if problems:
+        if problems := tensor_problems(model, self.shapes, self.name_in_file, self.extra):
             raise UserError(
-                f"{self.path} does not have the tensors of a DeCo: {', '.join(problems)}; "
+                f"{self.path} does not have the tensors of a DeCo: {problems}; "
                 "name an unchanged checkpoint of DeCo"
             )
         return model

@@ -16,6 +16,15 @@ from deco_fast.models.config import NetworkConfig
 from deco_fast.models.embeddings import TimestepEmbedder
 
 
+def check_bare(model: object) -> None:
+    """Raise ValueError unless this is a network of ours, and not what torch wraps around one."""
+    if not isinstance(model, DeCoNetwork):
+        raise ValueError(
+            f"a {type(model).__name__} is no DeCo network: pass the network itself, _orig_mod of a "
+            "compiled one, module of a parallel one"
+        )
+
+
 class DeCoNetwork(nn.Module):
     """A DiT for the low frequencies, a decoder for the high ones.
 

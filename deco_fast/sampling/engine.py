@@ -25,7 +25,7 @@ from deco_fast.kernels.layout import patchify
 from deco_fast.models.card import SamplingSettings
 from deco_fast.models.dit import DiTBlock, JointBlock
 from deco_fast.models.fp8 import to_fp8
-from deco_fast.models.network import DeCoNetwork
+from deco_fast.models.network import DeCoNetwork, check_bare
 from deco_fast.models.prepared import PreparedBlock, WeightLayout, prepared_rotary_table
 from deco_fast.recording import pool_bytes, recording
 from deco_fast.sampling.batch_size import default_batch_size
@@ -97,6 +97,7 @@ class SamplingEngine:
         encode_text: EncodeText | None = None,
         table_bytes: int = TABLE_BYTES,
     ) -> None:
+        check_bare(model)
         config, card = model.config, model.card
         if card is not None:
             settings = settings or card.sampling
@@ -187,9 +188,10 @@ class SamplingEngine:
         self.try_out()
         if self._compiled and self._device.type == "cuda":
             with torch.inference_mode():
-                # One after the other and never at once, so they may share their memory.
-                self._pool = torch.cuda.graph_pool_handle()
-                self._graphs = {guided: self._record(guided) for guided in self._kinds()}
+                # One after the other and never at once, so they may share their memory: that is a
+                # stream's.
+                self._pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
+                self._graphs = {guided: self._record(guided, stream) for guided in self._kinds()}
 
     def graph_bytes(self) -> int:
         """The GPU's memory that the recorded graphs hold, 0 where there are none."""
@@ -203,10 +205,9 @@ class SamplingEngine:
             self._rows.zero_()
             yield guided
 
-    def _record(self, guided: bool) -> torch.cuda.CUDAGraph:
+    def _record(self, guided: bool, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # What libraries do at the first call on a stream must not be recorded.
-        stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             self._evaluate(guided, self.batch_size)

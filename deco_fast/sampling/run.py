@@ -16,6 +16,7 @@ from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.images import to_uint8
 from deco_fast.sampling.noise import noise_for
 from deco_fast.sampling.state import State
+from deco_fast.transfer import begin_to_cpu
 
 Item = TypeVar("Item")
 
@@ -89,9 +90,10 @@ def draw(
     with bar:
         ordered = _ordered(engine, conditions, indices, seed, uncondition, bar, check)
         # Orders to a GPU return at once: with one batch ahead it never waits for the host.
-        for batch, images, finite in _one_behind(ordered) if engine.is_ahead else ordered:
-            check_finite(finite.cpu(), batch, engine.model.dtype)
-            yield batch, images.cpu()
+        for batch, on_their_way in _one_behind(ordered) if engine.is_ahead else ordered:
+            images, finite = on_their_way()
+            check_finite(finite, batch, engine.model.dtype)
+            yield batch, images
 
 
 def draw_states(
@@ -130,8 +132,9 @@ def _ordered(
     uncondition: Condition | None,
     bar: tqdm,
     check: Callable[[], None],
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Indices, images and whether each is finite, of batches that may still be computed."""
+) -> Iterator[tuple[list[int], Callable[[], tuple[Tensor, ...]]]]:
+    """Of batches that may still be computed the indices, and what waits for the images and whether
+    each is finite."""
     done = 0
     states = draw_states(engine, conditions, indices, seed=seed, uncondition=uncondition)
     for batch, state in states:
@@ -139,7 +142,7 @@ def _ordered(
         bar.update(done + len(batch) * state.evaluation / engine.evaluations - bar.n)
         if state.evaluation == engine.evaluations:
             done += len(batch)
-            yield batch, to_uint8(state.x), finite_images(state.x)
+            yield batch, begin_to_cpu(to_uint8(state.x), finite_images(state.x))
 
 
 def finite_images(images: Tensor) -> Tensor:

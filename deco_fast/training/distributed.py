@@ -63,7 +63,8 @@ class Processes:
         """The smallest value of all processes."""
         if self.world_size == 1:
             return value
-        values = torch.tensor(value, device=self.device)
+        # On the CPU: it is asked where the GPU's memory has just been filled to find out.
+        values = torch.tensor(value)
         dist.all_reduce(values, op=dist.ReduceOp.MIN)
         return int(values)
 

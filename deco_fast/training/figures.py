@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
 from deco_fast.data.loader import Batch
 from deco_fast.training.step import StepFigures
+from deco_fast.transfer import begin_to_cpu
 
 
 class MadeStep(NamedTuple):
@@ -29,8 +31,7 @@ class _Pending(NamedTuple):
     step: int
     batch: Batch
     names: tuple[str, ...]
-    values: torch.Tensor
-    ready: torch.cuda.Event | None
+    values: Callable[[], tuple[Tensor, ...]]
 
 
 class FigureReader:
@@ -44,25 +45,19 @@ class FigureReader:
 
     def push(self, step: int, batch: Batch, figures: StepFigures) -> list[MadeStep]:
         """Hand in the figures of a step (1-based); returns those that are known by now."""
-        values, ready = figures.values, None
-        if values.is_cuda:
-            buffer = torch.empty(values.shape, pin_memory=True)
-            values = buffer.copy_(values, non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
+        values = begin_to_cpu(figures.values)
         made = self.flush()
-        self._pending = _Pending(step, batch, figures.names, values, ready)
-        return made if ready is not None else made + self.flush()
+        self._pending = _Pending(step, batch, figures.names, values)
+        return made if figures.values.is_cuda else made + self.flush()
 
     def flush(self) -> list[MadeStep]:
         """Wait for what was handed in."""
         pending, self._pending = self._pending, None
         if pending is None:
             return []
-        if pending.ready is not None:
-            pending.ready.synchronize()
-        values = dict(zip(pending.names, pending.values.tolist(), strict=True))
-        return [MadeStep(pending.step, pending.batch, values)]
+        (values,) = pending.values()
+        by_name = dict(zip(pending.names, values.tolist(), strict=True))
+        return [MadeStep(pending.step, pending.batch, by_name)]
 
 
 class Window:

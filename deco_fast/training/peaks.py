@@ -30,7 +30,9 @@ _PEAKS = {
 
 
 def peak_flops(device_name: str, bf16: bool) -> float | None:
-    """Dense FLOP/s of a GPU by its CUDA name; None where it is not known."""
+    """Dense FLOP/s of a GPU by its CUDA name; None where it is not known, or it is a part (MIG)."""
+    if "MIG" in device_name:
+        return None
     for name, peak in _PEAKS.items():
         if name in device_name:
             return peak.bf16 if bf16 else peak.fp32

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -21,9 +22,28 @@ RGB = 3
 
 @functools.lru_cache(maxsize=16)
 def position_features(patch_size: int, device: torch.device, kind: str) -> Tensor:
-    """The constant features, made once: on a GPU that takes longer than the rest of the folding."""
+    """The constant features, made once: on a GPU that takes longer than the rest of the folding.
+
+    Raises:
+        RuntimeError: the first call is recorded in a CUDA graph.
+    """
+    if device.type != "cuda":
+        return _make_position_features(patch_size, device, kind)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("call the pixel decoder once before you record it in a CUDA graph")
+    # By another thread: what this one allocates in a first call under torch.compile's
+    # "reduce-overhead" belongs to a graph, and may be there for that call alone.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_make_position_features, patch_size, device, kind).result()
+
+
+def _make_position_features(patch_size: int, device: torch.device, kind: str) -> Tensor:
     with torch.inference_mode(False):
-        return pixel_position_features(patch_size, device, kind)
+        features = pixel_position_features(patch_size, device, kind)
+    if device.type == "cuda":
+        # Whatever stream reads them first.
+        torch.cuda.current_stream(device).synchronize()
+    return features
 
 
 def fold_input_projections(

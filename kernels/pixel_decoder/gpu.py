@@ -135,7 +135,7 @@ def _separate(flat: Tensor, small: Sequence[Tensor]) -> list[Tensor]:
     """The inverse of `_flat`, in the dtypes of `small`."""
     # Converted at once where all have the same dtype: one launch, and not one for each.
     flat = flat.to(functools.reduce(torch.promote_types, (tensor.dtype for tensor in small)))
-    pieces = [torch.empty_like(tensor, dtype=flat.dtype).view(-1) for tensor in small]
+    pieces = [flat.new_empty(tensor.numel()) for tensor in small]
     # Not split_with_sizes_copy, which passes addresses through the host's memory: a graph would
     # read them there again at every replay.
     torch._foreach_copy_(pieces, list(flat.split([piece.numel() for piece in pieces])))
@@ -456,6 +456,7 @@ def _forward_specialisations(shape: Shape, capability: int) -> Iterator[Speciali
             _types(forward_kernel, constants | absent, shape.dtype),
             constants | absent,
             num_warps=tile.warps,
+            programs=tile.programs,
             tensor_cores=shape.half,
         )
 
@@ -477,6 +478,7 @@ def _backward_specialisation(shape: Shape, block: int, capability: int) -> Speci
         _types(backward_kernel, constants, shape.dtype),
         constants,
         num_warps=tile.warps,
+        programs=tile.programs,
         stack_bytes=shape.stack_bytes(capability),
         tensor_cores=shape.half,
     )

@@ -60,8 +60,8 @@ _BLACKWELL_BACKWARD = {(32, True): Tile(64, 8, 1)}
 
 _STACK_BYTES = {(16, True): 64, (32, True): 64, (64, True): 64, (32, False): 64, (64, False): 896}
 _AMPERE_STACK_BYTES = {(32, True): 640}
-"""sm_80 and its kin hold the matrices of products in registers, and so spill them; elsewhere the
-matrices stay in shared memory."""
+"""sm_80 and its kin, sm_120 among them, hold the matrices of products in registers, and so spill
+them; elsewhere the matrices stay in shared memory."""
 
 
 def _has_tensor_memory(capability: int) -> bool:
@@ -106,9 +106,9 @@ class Shape(NamedTuple):
         tile = _FORWARD[self.channels, self.half]
         matrices = self.blocks * MATRICES.value * self.channels**2 * self.dtype.itemsize
         too_large = matrices + _OTHER_OPERANDS > _SHARED_MEMORY.get(capability, 99 * 1024)
-        # Each product that is written out has its own place in tensor memory, which holds 512
-        # columns: not enough for more than three blocks.
-        too_many = _has_tensor_memory(capability) and self.blocks > 3
+        # Each product that is written out has its own place in tensor memory, whose 512 columns
+        # serve all programs of a multiprocessor: not enough for more than two blocks.
+        too_many = _has_tensor_memory(capability) and self.blocks > 2
         if tile.hoist and (too_large or too_many):
             return tile._replace(hoist=False)
         return tile
@@ -129,7 +129,7 @@ class Shape(NamedTuple):
     def stack_bytes(self, capability: int) -> int:
         """Stack of a backward kernel's thread, which holds what it spills, at most."""
         key = self.channels, self.half
-        if capability < 90 and key in _AMPERE_STACK_BYTES:
+        if (capability < 90 or capability >= 120) and key in _AMPERE_STACK_BYTES:
             return _AMPERE_STACK_BYTES[key]
         return _STACK_BYTES.get(key, 0)
 

@@ -2,8 +2,8 @@
 
     python tests/kernels/ahead_of_time.py flow_matching_loss 80 90
 
-prints for every kernel of the op, and every compute capability, its registers, stack and shared
-memory. Nothing is run, so nothing here is a time.
+prints for every kernel of the op, and every compute capability, its registers, stack, shared and
+tensor memory. Nothing is run, so nothing here is a time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from deco_fast.kernels.specialisation import Specialisation
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes that one block can have (CUDA C++ Programming Guide); 89 is as 86."""
 
+TENSOR_MEMORY_COLUMNS = 512
+"""Of a multiprocessor of sm_100."""
+
 # HMMA is the instruction of sm_80, which sm_90 and sm_100 still have beside their own.
 _TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -33,11 +36,12 @@ _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one thread (registers, stack) and one block (shared memory) of a kernel need."""
+    """What one thread (registers, stack) and one block (the rest) of a kernel need."""
 
     registers: int
     stack_bytes: int
     shared_bytes: int
+    tensor_memory_columns: int
     instructions: int
     tensor_core_instructions: int
 
@@ -86,6 +90,8 @@ def compile_for(specialisation: Specialisation, capability: int) -> Compiled:
         registers=registers,
         stack_bytes=stack + local,
         shared_bytes=binary.metadata.shared,
+        # Triton knows of none where the chip has none.
+        tensor_memory_columns=getattr(binary.metadata, "tmem_size", None) or 0,
         instructions=len(instructions),
         tensor_core_instructions=len(_TENSOR_CORES.findall(assembly)),
     )
@@ -98,13 +104,14 @@ def specialisations(op: str, capability: int) -> list[Specialisation]:
 
 def main(op: str, *capabilities: str) -> None:
     """Print a table of an op's kernels."""
-    print("sm  registers  stack  shared  instructions  tensor  kernel")
+    print("sm  registers  stack  shared  columns  instructions  tensor  kernel")
     for capability in map(int, capabilities or SHARED_MEMORY_LIMIT):
         for s in specialisations(op, capability):
             c = compile_for(s, capability)
             print(
                 f"{capability:<4}{c.registers:9}{c.stack_bytes:7}{c.shared_bytes:8}"
-                f"{c.instructions:14}{c.tensor_core_instructions:8}  {s.name}",
+                f"{c.tensor_memory_columns:9}{c.instructions:14}{c.tensor_core_instructions:8}"
+                f"  {s.name}",
                 flush=True,
             )
 

@@ -79,5 +79,8 @@ def test_kernel_fits_the_chip(capability: int, specialisation: Specialisation) -
     compiled = ahead_of_time.compile_for(specialisation, capability)
     assert compiled.shared_bytes <= ahead_of_time.SHARED_MEMORY_LIMIT[capability]
     assert compiled.stack_bytes <= specialisation.stack_bytes
+    # A program whose columns are taken waits for another one's end.
+    columns = specialisation.programs * compiled.tensor_memory_columns
+    assert columns <= ahead_of_time.TENSOR_MEMORY_COLUMNS
     if specialisation.tensor_cores:
         assert compiled.tensor_core_instructions > 0
