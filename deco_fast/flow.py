@@ -23,7 +23,13 @@ def _column(t: Tensor, like: Tensor) -> Tensor:
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = t·x + (1 − t)·noise for images x and noise (B, …) and times t (B,) in [0, 1]."""
+    """x_t = t·x + (1 − t)·noise for images x and noise (B, …) and times t (B,) in [0, 1].
+
+    Raises:
+        ValueError: the images are integers.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"images must be floating-point numbers about [−1, 1], not {x.dtype}")
     t = _column(t, x)
     return t * x + (1 - t) * noise
 

@@ -73,7 +73,7 @@ def flow_matching_loss(
     prediction: Tensor,
     target: Tensor,
     table: Tensor,
-    weight: float,
+    weight: float | Tensor,
     timestep_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Flow matching plus weight × the frequency-aware loss; float32 inside.
@@ -81,7 +81,7 @@ def flow_matching_loss(
     Args:
         prediction, target: velocities (B, 3, H, W), any H and W.
         table: frequency weights (3, 8, 8), from `frequency_table`.
-        weight: factor of the frequency term, 1 in the paper.
+        weight: factor of the frequency term, 1 in the paper; a tensor () may be learned.
         timestep_weight: (B,) weights of the flow-matching term; None is 1.
 
     Returns:

@@ -92,7 +92,7 @@ def flow_matching_loss(
     prediction: torch.Tensor,
     target: torch.Tensor,
     table: torch.Tensor,
-    weight: float,
+    weight: float | torch.Tensor,
     timestep_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Flow-matching loss plus DeCo's frequency-aware loss, in float32 (spec B.7).

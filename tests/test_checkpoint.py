@@ -11,7 +11,8 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -452,6 +453,41 @@ def test_replacing_a_checkpoint_never_leaves_none(
     assert seen == [STEP, f".{STEP}.previous", f".{STEP}.previous", STEP]
     assert names_in(folder.parent) == [STEP]
     assert_same_weights(load_checkpoint(folder), random_model(6))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda m: {"model": torch.nn.DataParallel(m)}, "a DataParallel is no DeCo network"),
+        (
+            lambda m: {"model": torch.nn.DataParallel(m).state_dict(), "config": CONFIG},
+            r"missing \(.*unknown \(module\.",
+        ),
+        (
+            lambda m: {"model": m.state_dict(), "config": replace(CONFIG, depth=CONFIG.depth + 1)},
+            "tensors of the configuration: .* missing",
+        ),
+        (
+            lambda m: {"model": {k: v.int() for k, v in m.state_dict().items()}, "config": CONFIG},
+            r"has torch\.int32: weights are floating-point",
+        ),
+        (lambda m: {"model": m, "card": replace(CARD, height=0)}, "height must be at least 1"),
+        (
+            lambda m: {"model": m, "card": replace(CARD, sampling=SamplingSettings(solver="x"))},
+            "unknown solver 'x'",
+        ),
+    ],
+)
+def test_what_nobody_could_read_is_not_written(
+    folder: Path, arguments: Callable[[DeCo], dict[str, Any]], message: str
+) -> None:
+    given = {"card": CARD, **arguments(random_model(5))}
+    with pytest.raises(ValueError, match=message):
+        save_checkpoint(folder, **given)
+    with pytest.raises(ValueError, match=message):
+        save_weights(folder.with_name("new.safetensors"), **given)
+    assert_same_weights(load_checkpoint(folder), random_model(2))
+    assert names_in(folder.parent) == [STEP]
 
 
 def test_a_folder_of_the_user_called_previous_is_not_deleted(folder: Path) -> None:

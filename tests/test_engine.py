@@ -369,8 +369,19 @@ class TestLayout:
 class TestBadInput:
     def test_arguments(self) -> None:
         model = random_model()
-        with pytest.raises(ValueError, match="batch size must be at least 1, not 0"):
-            SamplingEngine(model, batch_size=0)
+        arguments: list[dict[str, Any]] = [
+            *({"batch_size": 0}, {"height": 0}, {"width": -8}, {"height": 16.0}),
+            *({"distinct_conditions": 0}, {"distinct_conditions": -1}),
+        ]
+        for argument in arguments:
+            ((name, number),) = argument.items()
+            message = f"^{name} must be a whole number, at least 1, not {number}$"
+            with pytest.raises(ValueError, match=message):
+                SamplingEngine(model, **argument)
+        with pytest.raises(ValueError, match="a DataParallel is no DeCo network: pass the network"):
+            SamplingEngine(torch.nn.DataParallel(model))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="guidance_rescale must be 0 … 1, not 5"):
+            SamplingEngine(model, replace(GUIDED, guidance_rescale=5))
         with pytest.raises(ValueError, match="30×24 is not divisible by the patch size 8"):
             SamplingEngine(model, height=30)
         with pytest.raises(ValueError, match="unknown solver 'eular'"):
@@ -385,6 +396,8 @@ class TestBadInput:
             engine(noise(3), [0, 1, 2])
         with pytest.raises(ValueError, match="2 noises but 1 conditions"):
             engine(noise(2), [0])
+        with pytest.raises(ValueError, match="must be a list, one for each noise, not a str"):
+            engine(noise(2), "ab")
         with pytest.raises(ValueError, match="label 11 does not exist: 0 … 9, or 10"):
             engine(noise(1), [11])
 

@@ -164,3 +164,11 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
         sample_timesteps(2, distribution="lognormal")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"'min_snr'.*'minsnr'"):
         timestep_weight("min_snr", torch.zeros(1))  # type: ignore[arg-type]
+
+
+def test_images_of_integers_are_refused() -> None:
+    noise = torch.randn(2, 3, 4, 4)
+    with pytest.raises(
+        ValueError, match=r"floating-point numbers .*, not torch\.uint8"
+    ):
+        interpolate(noise.to(torch.uint8), noise, torch.rand(2))

@@ -258,3 +258,11 @@ def test_timestep_weights_of_a_wrong_shape_are_refused(backend: str | None) -> N
 def test_an_unknown_mode_is_answered_with_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"'inv-gamma'.*'inv_gamma'"):
         frequency_table(85, "inv-gamma")  # type: ignore[arg-type]
+
+
+def test_the_weight_of_the_frequency_loss_can_be_learned() -> None:
+    prediction, target = torch.randn(2, 2, 3, 16, 16)
+    weight = torch.tensor(0.5, requires_grad=True)
+    total, _, frequency = flow_matching_loss(prediction, target, frequency_table(), weight)
+    (grad,) = torch.autograd.grad(total, weight)
+    torch.testing.assert_close(grad, frequency)

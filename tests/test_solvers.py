@@ -397,6 +397,14 @@ def test_labels_may_be_a_list() -> None:
         sample(network, torch.zeros(2, 1, 2, 2), [1, 2, 3], steps=1)
 
 
+def test_the_uncondition_may_be_a_number_or_a_list() -> None:
+    for uncondition in (7, [7, 7], torch.tensor([7, 7])):
+        network = Recorder()
+        noise = torch.zeros(2, 1, 2, 2)
+        sample(network, noise, [1, 2], uncondition, steps=2, guidance_scale=2.0)
+        assert network.conditions[1].tolist() == [7, 7, 1, 2]
+
+
 def test_guidance_with_rescale_reaches_the_velocity() -> None:
     noise = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     arguments: Any = {"steps": 2, "guidance_scale": 3.0}
@@ -488,8 +496,11 @@ def test_progress_is_shown_only_when_asked_for(capsys: pytest.CaptureFixture[str
         ({"solver": "adams", "order": 0}, "order must be 1 … 4, not 0"),
         ({"guidance_interval": (0.8, 0.2)}, "guidance interval"),
         ({"guidance_interval": (0.0, 1.5)}, "guidance interval"),
-        ({"time_shift": 0.0}, "time shift must be positive"),
-        ({"time_shift": -1.0}, "time shift must be positive"),
+        ({"time_shift": 0.0}, "time_shift must be above 0, not 0.0"),
+        ({"time_shift": -1.0}, "time_shift must be above 0, not -1.0"),
+        ({"guidance_rescale": 5.0}, "guidance_rescale must be 0 … 1, not 5.0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be finite, not nan"),
+        ({"steps": 2.5}, "steps must be of type int, not 2.5"),
     ],
     ids=str,
 )

@@ -101,9 +101,19 @@ class SamplingEngine:
         config, card = model.config, model.card
         if card is not None:
             settings = settings or card.sampling
-            height, width = height or card.height, width or card.width
+            height = card.height if height is None else height
+            width = card.width if width is None else width
         if settings is None or height is None or width is None:
             raise ValueError("the model has no card: give settings, height and width")
+        numbers = {
+            "height": height,
+            "width": width,
+            "batch_size": batch_size,
+            "distinct_conditions": distinct_conditions,
+        }
+        for name, number in numbers.items():
+            if number is not None and not (isinstance(number, int) and number >= 1):
+                raise ValueError(f"{name} must be a whole number, at least 1, not {number}")
         if height % config.patch_size or width % config.patch_size:
             raise ValueError(
                 f"image size {height}×{width} is not divisible by the patch size "
@@ -112,8 +122,6 @@ class SamplingEngine:
         self._device = model.patch_embedder.weight.device
         if batch_size is None:
             batch_size = default_batch_size(self._device, height, width)
-        if batch_size < 1:
-            raise ValueError(f"batch size must be at least 1, not {batch_size}")
         self.model, self.settings, self.batch_size = model, settings, batch_size
         self.image_shape = (config.in_channels, height, width)
         self.is_ahead = self._device.type != "cpu"
@@ -272,6 +280,8 @@ class SamplingEngine:
         """
         if uncondition is None:
             uncondition = self._table.unconditional
+        if isinstance(conditions, str):
+            raise ValueError("conditions must be a list, one for each noise, not a str")
         conditions = [_as_condition(condition) for condition in conditions]
         uncondition = _as_condition(uncondition)
         self._check(noise, [*conditions, uncondition])

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from deco_fast.guidance import check_interval, guidance_active, guide
-from deco_fast.solvers import check_solver, solve, time_grid
+from deco_fast.guidance import guidance_active, guide
+from deco_fast.models.card import SamplingSettings, check_sampling
+from deco_fast.solvers import solve, time_grid
 
 VelocityModel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x (B, C, H, W), t (B,), condition (B, …)) → velocity (B, C, H, W)."""
@@ -20,7 +21,7 @@ def sample(
     model: VelocityModel,
     noise: Tensor,
     condition: Tensor | Sequence[int],
-    uncondition: Tensor | None = None,
+    uncondition: Tensor | Sequence[int] | int | None = None,
     *,
     steps: int = 100,
     solver: str = "euler",
@@ -56,8 +57,17 @@ def sample(
     Raises:
         ValueError: an argument is out of range, or there is no uncondition to be had.
     """
-    check_solver(solver, order)
-    check_interval(guidance_interval)
+    check_sampling(
+        SamplingSettings(
+            solver=solver,
+            order=order,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            time_shift=time_shift,
+        )
+    )
     times = time_grid(steps, time_shift)
     condition = torch.as_tensor(condition, device=noise.device)
     if condition.shape[:1] != noise.shape[:1]:
@@ -69,7 +79,10 @@ def sample(
         guidance_active(t, guidance_interval, closed_end) for t in times[:-1]
     )
     if guided_steps:
-        both = torch.cat([_uncondition(model, condition, uncondition), condition])
+        if uncondition is None:
+            uncondition = _null_class(model)
+        uncondition = torch.as_tensor(uncondition, device=condition.device)
+        both = torch.cat([uncondition.expand_as(condition), condition])
 
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))
 
@@ -86,10 +99,8 @@ def sample(
     return x
 
 
-def _uncondition(model: VelocityModel, condition: Tensor, uncondition: Tensor | None) -> Tensor:
-    if uncondition is not None:
-        return uncondition.expand_as(condition)
-    num_classes = getattr(getattr(model, "config", None), "num_classes", None)
+def _null_class(model: VelocityModel) -> int:
+    num_classes: int | None = getattr(getattr(model, "config", None), "num_classes", None)
     if num_classes is None:
         raise ValueError("guidance needs an uncondition: the model has no config.num_classes")
-    return torch.full_like(condition, num_classes)
+    return num_classes

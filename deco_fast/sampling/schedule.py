@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deco_fast.guidance import check_interval, guidance_active
-from deco_fast.models.card import SamplingSettings
-from deco_fast.solvers import check_solver, solve, time_grid
+from deco_fast.guidance import guidance_active
+from deco_fast.models.card import SamplingSettings, check_sampling
+from deco_fast.solvers import solve, time_grid
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,9 @@ def schedule(settings: SamplingSettings) -> list[Evaluation]:
     """All evaluations of a run, in order; the weights of all have one length.
 
     Raises:
-        ValueError: solver, order, steps, time shift or guidance interval are out of range, or the
-            times are too close to each other.
+        ValueError: a setting is out of range, or the times are too close to each other.
     """
-    check_solver(settings.solver, settings.order)
-    check_interval(settings.guidance_interval)
+    check_sampling(settings)
     times = time_grid(settings.steps, settings.time_shift)
     # The solver runs on coordinates: the velocity of evaluation i is eᵢ, x begins at zero, so what
     # it computes from them is their weights.

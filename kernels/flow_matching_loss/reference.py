@@ -70,7 +70,7 @@ def flow_matching_loss(
     prediction: Tensor,
     target: Tensor,
     table: Tensor,
-    weight: float,
+    weight: float | Tensor,
     timestep_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `deco_fast.losses.flow_matching_loss`; float32 inside whatever the inputs, also under
