@@ -30,6 +30,7 @@ from deco_fast.errors import UserError
 from deco_fast.models import attention as attention_module
 from deco_fast.models.attention import activate_flash_attention, attention
 from deco_fast.models.deco_t2i import DeCoT2I
+from deco_fast.models.dit import SwiGLU
 from deco_fast.models.network import DeCoNetwork
 
 TOLERANCE = 1e-5
@@ -563,3 +564,46 @@ def test_flash_attention_that_is_not_installed_is_no_error(
     monkeypatch.setitem(torch.nn.attention._registry._FLASH_ATTENTION_IMPLS, "FA3", missing)
     assert activate_flash_attention(torch.device("cuda")) is None
     assert activate_flash_attention(torch.device("cpu")) is None
+
+
+class Adapter(torch.nn.Module):
+    """What stands for a linear layer in low-rank adaptation."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+        self.down = torch.nn.Linear(layer.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, layer.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layer(x) + self.up(self.down(x))
+        return result
+
+
+def test_an_adapter_in_an_mlp_counts() -> None:
+    torch.manual_seed(0)
+    mlp, x = SwiGLU(16, 24), torch.randn(2, 5, 16)
+    before = mlp(x)
+    heard: list[str] = []
+    for name in ("w1", "w3", "w2"):
+        getattr(mlp, name).register_forward_hook(lambda *_, name=name: heard.append(name))
+    torch.testing.assert_close(mlp(x), before)
+    assert heard == ["w1", "w3", "w2"]
+    mlp.w1 = adapter = Adapter(mlp.w1)  # type: ignore[assignment]
+    result = mlp(x)
+    result.sum().backward()
+    assert not torch.allclose(result, before)
+    assert adapter.up.weight.grad is not None
+    with pytest.raises(TypeError, match=r"test_model\.Adapter stands .* merge it into the weight"):
+        mlp.gate_value_down()
+
+
+@pytest.mark.parametrize("name", ["upsample", "output", "blocks.0.modulation", "blocks.0.mlp.2"])
+def test_an_adapter_in_the_decoder_is_refused(name: str) -> None:
+    config = DeCoConfig(hidden_size=16, depth=1, num_heads=2, patch_size=4, num_classes=5)
+    model = DeCo(config)
+    decoder = model.decoder
+    decoder.set_submodule(name, Adapter(decoder.get_submodule(name)))  # type: ignore[arg-type]
+    x, t, y = torch.randn(1, 3, 8, 8), torch.rand(1), torch.tensor([1])
+    with pytest.raises(TypeError, match=r"test_model\.Adapter stands"):
+        model(x, t, y)

@@ -23,6 +23,7 @@ from deco_fast.kernels.pixel_decoder.reference import (
 )
 from deco_fast.models.config import DeCoConfig
 from deco_fast.models.decoder import xavier_linear, zero_linear
+from deco_fast.models.plain import plain
 
 
 class ConcatBlock(nn.Module):
@@ -56,7 +57,8 @@ class ConcatDecoder(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """x (B, C, H, W), tokens (B, L, D) to the velocity (B, C, H, W)."""
-        y = ops.linear_upsample(tokens, self.upsample.weight, self.upsample.bias, self.patch_size)
+        upsample = plain(self.upsample)
+        y = ops.linear_upsample(tokens, upsample.weight, upsample.bias, self.patch_size)
         h = self.input_proj(self.pixel_embedder(pixel_features(x, self.patch_size)))
         for block in self.blocks:
             h = block(h, y)

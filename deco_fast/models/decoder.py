@@ -16,6 +16,7 @@ from deco_fast.kernels.pixel_decoder.reference import (
     PositionKind,
 )
 from deco_fast.models.config import PixelDecoderConfig
+from deco_fast.models.plain import plain
 
 
 def xavier_linear(in_features: int, out_features: int) -> nn.Linear:
@@ -46,12 +47,13 @@ class DecoderBlock(nn.Module):
 
     def op_parameters(self) -> BlockParameters:
         """The weights in the op's order."""
-        fc1, fc2 = cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
+        fc1, fc2 = plain(self.mlp[0]), plain(self.mlp[2])
+        modulation = plain(self.modulation)
         return BlockParameters(
             norm_weight=self.norm.weight,
             norm_bias=self.norm.bias,
-            modulation_weight=self.modulation.weight,
-            modulation_bias=self.modulation.bias,
+            modulation_weight=modulation.weight,
+            modulation_bias=modulation.bias,
             fc1_weight=fc1.weight,
             fc1_bias=fc1.bias,
             fc2_weight=fc2.weight,
@@ -61,6 +63,9 @@ class DecoderBlock(nn.Module):
 
 class PixelDecoder(nn.Module):
     """From the noisy image and the DiT's tokens to the velocity; `ops.pixel_decoder` (B.5).
+
+    The op reads the layers' weights and never calls the layers: hooks on them are not called, and
+    one that was replaced, by an adapter for instance, is refused.
 
     Args:
         config: the network's shape.
@@ -88,17 +93,23 @@ class PixelDecoder(nn.Module):
         self.output = zero_linear(channels, values)
 
     def op_parameters(self) -> PixelDecoderParameters:
-        """The weights in the op's order."""
+        """The weights in the op's order.
+
+        Raises:
+            TypeError: a layer was replaced by one that computes something else.
+        """
+        upsample, embedder = plain(self.upsample), plain(self.pixel_embedder)
+        input_proj, output = plain(self.input_proj), plain(self.output)
         return PixelDecoderParameters(
-            upsample_weight=self.upsample.weight,
-            upsample_bias=self.upsample.bias,
-            pixel_embedder_weight=self.pixel_embedder.weight,
-            pixel_embedder_bias=self.pixel_embedder.bias,
-            input_proj_weight=self.input_proj.weight,
-            input_proj_bias=self.input_proj.bias,
+            upsample_weight=upsample.weight,
+            upsample_bias=upsample.bias,
+            pixel_embedder_weight=embedder.weight,
+            pixel_embedder_bias=embedder.bias,
+            input_proj_weight=input_proj.weight,
+            input_proj_bias=input_proj.bias,
             blocks=tuple(cast(DecoderBlock, block).op_parameters() for block in self.blocks),
-            output_weight=self.output.weight,
-            output_bias=self.output.bias,
+            output_weight=output.weight,
+            output_bias=output.bias,
         )
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:

@@ -9,10 +9,13 @@ from deco_fast import ops
 from deco_fast.models.attention import Attention, JointAttention
 from deco_fast.models.config import NetworkConfig
 from deco_fast.models.norm import RMSNorm
+from deco_fast.models.plain import is_plain, plain
 
 
 class SwiGLU(nn.Module):
-    """w2(silu(w1 x) · w3 x), without biases (B.3)."""
+    """w2(silu(w1 x) · w3 x), without biases (B.3).
+
+    One op, which reads the weights, unless a layer was replaced or has hooks."""
 
     def __init__(self, hidden_size: int, inner_size: int) -> None:
         super().__init__()
@@ -21,11 +24,14 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(inner_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.swiglu(x, self.w1.weight, self.w3.weight, self.w2.weight)
+        if all(map(is_plain, (self.w1, self.w3, self.w2))):
+            return ops.swiglu(x, self.w1.weight, self.w3.weight, self.w2.weight)
+        down: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return down
 
     def gate_value_down(self) -> tuple[Tensor, Tensor, Tensor]:
         """The three weights: (inner, hidden), (inner, hidden), (hidden, inner)."""
-        return self.w1.weight, self.w3.weight, self.w2.weight
+        return plain(self.w1).weight, plain(self.w3).weight, plain(self.w2).weight
 
 
 class FusedSwiGLU(nn.Module):
@@ -42,7 +48,8 @@ class FusedSwiGLU(nn.Module):
 
     def gate_value_down(self) -> tuple[Tensor, Tensor, Tensor]:
         """The three weights: (inner, hidden), (inner, hidden), (hidden, inner)."""
-        return *self.w12.weight.chunk(2), self.w3.weight  # type: ignore[return-value]
+        gate, value = plain(self.w12).weight.chunk(2)
+        return gate, value, plain(self.w3).weight
 
 
 def _norm_modulate(x: Tensor, norm: RMSNorm, shift: Tensor, scale: Tensor) -> Tensor:

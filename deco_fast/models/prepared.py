@@ -31,6 +31,7 @@ from deco_fast.kernels.registry import is_allowed
 from deco_fast.kernels.swiglu.joined import MULTIPLE, fill, join
 from deco_fast.models.attention import JointAttention, attention
 from deco_fast.models.dit import DiTBlock, FusedSwiGLU, JointBlock, ModulatedBlock, SwiGLU
+from deco_fast.models.plain import plain
 
 # Narrower layers are bound by the cost of a call, which is less for torch's own.
 _PACK_FROM_WIDTH = 512
@@ -129,9 +130,10 @@ class PreparedBlock(nn.Module):
         self.eps = block.norm1.eps
         self.halves = layout.halves
         stock = attention.qkv_x if isinstance(attention, JointAttention) else attention.qkv
-        qkv, q_norm, k_norm = (
-            layer.weight for layer in (stock, attention.q_norm, attention.k_norm)
-        )
+        proj = plain(attention.proj)
+        qkv: Tensor = plain(stock).weight
+        q_norm: Tensor = attention.q_norm.weight
+        k_norm: Tensor = attention.k_norm.weight
         if layout.halves:
             qkv = _halve_pairs_of_qk(qkv, self.num_heads)
             q_norm, k_norm = _halve_pairs(q_norm), _halve_pairs(k_norm)
@@ -139,11 +141,11 @@ class PreparedBlock(nn.Module):
         self.mlp: nn.Module
         if layout.packed:
             self.qkv: nn.Module = PackedLinear(qkv, None, layout)
-            self.proj: nn.Module = PackedLinear(attention.proj.weight, attention.proj.bias, layout)
+            self.proj: nn.Module = PackedLinear(proj.weight, proj.bias, layout)
             self.mlp = PackedSwiGLU(block.mlp, layout)
         else:
             self.qkv = _linear(qkv, None)
-            self.proj = _linear(attention.proj.weight, attention.proj.bias)
+            self.proj = _linear(proj.weight, proj.bias)
             self.mlp = MergedSwiGLU(block.mlp)
 
     def forward(
