@@ -136,6 +136,7 @@ class SamplingEngine:
         self._run_step, self._run_block = engine._step, _call
         self._run_decode, self._run_move = engine._decode, engine._move
         self._one_run = threading.Lock()
+        self._ordered: torch.cuda.Event | None = None
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
         self._times = times = torch.tensor(
@@ -221,15 +222,17 @@ class SamplingEngine:
             self._evaluate(guided, self.batch_size)
             self._index.zero_()
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        with recording(graph, self._pool, stream):
+        # What other threads do meanwhile is no part of it, and no error.
+        with recording(graph, self._pool, stream, "thread_local"):
             self._evaluate(guided, self.batch_size)
         return graph
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_one_run"}
+        apart = ("_one_run", "_ordered")
+        return {key: value for key, value in vars(self).items() if key not in apart}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _one_run=threading.Lock())
+        vars(self).update(state, _one_run=threading.Lock(), _ordered=None)
 
     def __call__(
         self,
@@ -238,7 +241,7 @@ class SamplingEngine:
         *,
         uncondition: Condition | None = None,
     ) -> Tensor:
-        """Draw a batch; of several threads one at a time.
+        """Draw a batch; of several threads one at a time, on whatever streams.
 
         Args:
             noise: (B, C, H, W), B up to the batch size.
@@ -253,9 +256,14 @@ class SamplingEngine:
             ValueError: shapes or conditions do not fit.
         """
         with self._one_run:
+            if self._ordered is not None:  # on what may be another stream
+                torch.cuda.current_stream(self._device).wait_event(self._ordered)
             for _ in self.states(noise, conditions, uncondition=uncondition):
                 pass
-            return self._x[: len(noise)].clone()
+            images = self._x[: len(noise)].clone()
+            if self._device.type == "cuda":
+                self._ordered = torch.cuda.current_stream(self._device).record_event()
+            return images
 
     def states(
         self,
