@@ -222,6 +222,16 @@ class TestDrawing:
             assert pixels(path).shape == (16, 24, 3)
             np.testing.assert_array_equal(pixels(path), pixels(Path("again") / path.name))
 
+    def test_nothing_is_drawn_after_the_end(self, by_class: ServedModel, tmp_path: Path) -> None:
+        request = check_request(
+            FIELDS, by_class.model.config, by_class.card.sampling, by_class.limits
+        )
+        moments = draw_request(by_class, request, tmp_path)
+        assert isinstance(next(moments), Progress)
+        by_class.close()
+        assert not list(moments)
+        assert not list(draw_request(by_class, request, tmp_path))
+
     def test_what_is_seen_on_the_way(
         self, by_class: ServedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -115,7 +115,7 @@ def _draw(
     frame = 0
     deadline = time.monotonic() + served.limits.seconds
     for indices, state in states:
-        if is_stopped():
+        if is_stopped() or served.is_closed:
             return
         if time.monotonic() > deadline:
             raise UserError(

@@ -48,6 +48,9 @@ class ServedModel:
         origin: where it comes from.
         encoder: of a text model.
         limits: of one request.
+
+    Attributes:
+        is_closed: whether the page is being shut down.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class ServedModel:
         self.device: torch.device = model.patch_embedder.weight.device
         self._lock = threading.Lock()
         self._turn: object = None
+        self.is_closed = False
         self._engine: SamplingEngine | None = None
         self._made_for: tuple[object, ...] = ()
 
@@ -94,6 +98,13 @@ class ServedModel:
             self._made_for = key
         return self._engine
 
+    def close(self) -> None:
+        """Wait for the evaluation under way, and let no other follow: a thread that computes while
+        Python ends takes the process down."""
+        self.is_closed = True
+        with self._lock:
+            pass
+
     def in_turn(self, items: Iterator[Item]) -> Iterator[Item]:
         """The same items, each made while nobody else uses the engine.
 
@@ -105,7 +116,7 @@ class ServedModel:
             self._turn = turn
         while True:
             with self._lock:
-                if self._turn is not turn:
+                if self.is_closed or self._turn is not turn:
                     return
                 try:
                     item = next(items)

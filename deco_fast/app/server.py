@@ -51,4 +51,7 @@ def serve(
     except OSError as error:
         raise UserError("no port from 7860 on is free: choose one by --port") from error
     on_ready(address)
-    page.block_thread()
+    try:
+        page.block_thread()
+    finally:
+        served.close()
