@@ -57,7 +57,7 @@ def frequency_table(
         gamma: exponent of "inv_gamma"; 1 gives the table of "inv", 0 gives ones.
 
     Raises:
-        ValueError: the mode has no such name.
+        ValueError: the mode has no such name, or the weights are not finite.
     """
     steps = quantization_table(quality).double()
     if mode == "inv":
@@ -66,7 +66,10 @@ def frequency_table(
         weights = (steps.mean(dim=(1, 2), keepdim=True) / steps) ** gamma
     else:
         raise ValueError(f"unknown frequency mode '{mode}'{nearest(mode, get_args(FrequencyMode))}")
-    return (weights / weights.mean(dim=(1, 2), keepdim=True)).float()
+    table = (weights / weights.mean(dim=(1, 2), keepdim=True)).float()
+    if not table.isfinite().all():
+        raise ValueError(f"gamma {gamma} gives weights beyond all bounds: choose one near 1")
+    return table
 
 
 def flow_matching_loss(

@@ -266,3 +266,9 @@ def test_the_weight_of_the_frequency_loss_can_be_learned() -> None:
     total, _, frequency = flow_matching_loss(prediction, target, frequency_table(), weight)
     (grad,) = torch.autograd.grad(total, weight)
     torch.testing.assert_close(grad, frequency)
+
+
+@pytest.mark.parametrize("gamma", [1000.0, float("nan")])
+def test_an_exponent_out_of_bounds_is_refused(gamma: float) -> None:
+    with pytest.raises(ValueError, match=f"gamma {gamma} gives weights beyond all bounds"):
+        frequency_table(gamma=gamma)
