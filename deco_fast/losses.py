@@ -67,7 +67,7 @@ def frequency_table(
     else:
         raise ValueError(f"unknown frequency mode '{mode}'{nearest(mode, get_args(FrequencyMode))}")
     table = (weights / weights.mean(dim=(1, 2), keepdim=True)).float()
-    if not table.isfinite().all():
+    if not (table.is_meta or table.isfinite().all()):
         raise ValueError(f"gamma {gamma} gives weights beyond all bounds: choose one near 1")
     return table
 
