@@ -268,7 +268,13 @@ def test_the_weight_of_the_frequency_loss_can_be_learned() -> None:
     torch.testing.assert_close(grad, frequency)
 
 
-@pytest.mark.parametrize("gamma", [1000.0, float("nan")])
+@pytest.mark.parametrize("gamma", [1000.0, -101.0, float("nan")])
 def test_an_exponent_out_of_bounds_is_refused(gamma: float) -> None:
-    with pytest.raises(ValueError, match=f"gamma {gamma} gives weights beyond all bounds"):
+    with pytest.raises(ValueError, match=f"gamma must be -100 … 100, not {gamma}"):
         frequency_table(gamma=gamma)
+
+
+@pytest.mark.parametrize("gamma", [-100.0, 100.0])
+def test_the_largest_exponents_give_finite_weights(gamma: float) -> None:
+    for quality in (1, 50, 100):
+        assert frequency_table(quality, gamma=gamma).isfinite().all()
