@@ -18,6 +18,7 @@ import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from deco_fast.cli.train import main as train
 from deco_fast.conditioning.qwen3 import QWEN3_1_7B
 from deco_fast.data.captions import FolderCaptions
 from deco_fast.data.folder import FolderImages
-from deco_fast.errors import UserError, run_command
+from deco_fast.errors import UserError, nearest, run_command
 from deco_fast.models.build import build_network
 from deco_fast.models.class_conditional import ClassConditional
 from deco_fast.models.config import ClassConfig
@@ -41,6 +42,10 @@ from deco_fast.models.network import DeCoNetwork
 from deco_fast.resources import pretrained_folder
 from deco_fast.sampling.source import SHIPPED, checkpoint_name
 from deco_fast.training.distributed import pick_device
+from deco_fast.training.run_folder import write_atomically
+
+# Of train.py; keys of the configuration are options as well.
+PASSED_ON = ("--repa", "--max-time", "--dry-run", "--name")
 
 PROMPTS = 4
 """So many captions of the folder are drawn."""
@@ -50,6 +55,7 @@ PROMPTS = 4
 def main(argv: list[str] | None = None) -> int:
     """Write the configuration, train, draw; the exit status."""
     options, overrides = _parser().parse_known_args(argv)
+    _check_options(options, overrides)
     if options.out.resolve().is_relative_to(options.images.resolve()):
         raise UserError(f"--out {options.out} is in {options.images} itself: choose another --out")
     source = open_checkpoint(options.checkpoint, None, options.preset)
@@ -62,17 +68,55 @@ def main(argv: list[str] | None = None) -> int:
         _for_captions(fields, source, captions)
         for caption in captions:
             drawing += ["--prompt", caption]
-    options.out.mkdir(parents=True, exist_ok=True)
-    config = options.out / "fine_tune.yaml"
-    config.write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-    run = options.out / "run"
-    words = ["--config", str(config), "--out", str(run), "--device", options.device]
-    status = train([*words, *overrides])
-    if status or "--dry-run" in overrides or not (run / "finished").exists():
+    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+    config, run = options.out / "fine_tune.yaml", options.out / "run"
+    words = ["--out", str(run), "--device", options.device, *overrides]
+    is_new = _check_replaceable(config, text)
+    if "--dry-run" in overrides:
+        with TemporaryDirectory() as folder:
+            draft = Path(folder, config.name)
+            draft.write_text(text, encoding="utf-8")
+            return train(["--config", str(draft), *words])
+    write_atomically(config, text)
+    status = train(["--config", str(config), *words])
+    if status == 2 and is_new:  # it describes no run, or one that is to be corrected
+        config.unlink(missing_ok=True)
+    if status or not (run / "finished").exists():
         return status
     words = ["--checkpoint", str(run), "--out", str(options.out / "samples"), "--overwrite"]
     return sample([*words, "--device", options.device, *drawing])
+
+
+def _check_options(options: argparse.Namespace, overrides: list[str]) -> None:
+    own = [f"--{name.replace('_', '-')}" for name in vars(options) if name != "images"]
+    for word in overrides:
+        option = word.partition("=")[0]
+        if option.startswith("--") and "." not in option and option not in PASSED_ON:
+            raise UserError(f"unknown option '{option}'{nearest(option, [*own, *PASSED_ON])}")
+
+
+def _check_replaceable(config: Path, text: str) -> bool:
+    """Whether there is no such file yet; what is there must say the same.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        lines = config.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        raise UserError(
+            f"{config} cannot be read ({error.strerror}): choose another --out"
+        ) from error
+    if lines != text.splitlines():
+        ours = [line.strip() for line in text.splitlines() if line not in lines]
+        without = f" without '{ours[0]}'" if ours else ""
+        raise UserError(
+            f"{config} is there{without}, of another run or changed by hand: give the options "
+            "that it was made with, delete it, or choose another --out"
+        )
+    return False
 
 
 def _shared_fields(source: Source, options: argparse.Namespace) -> dict[str, Any]:

@@ -151,6 +151,7 @@ BAD_SUITES = {
         "rows": [{"name": "a"}, {"name": "b", "overrides": {"training.steps": 5}}]
     },
     "suite small: seed 1 is given twice": {"seeds": [1, 0, 1]},
+    "row 'Real images' is called as that of the real images": {"rows": [{"name": "Real images"}]},
     "row '!!' has no letters or digits": {"rows": [{"name": "!!"}]},
     "name: '../mine' is no name for a folder": {"name": "../mine"},
     "name: '..' is no name for a folder": {"name": ".."},
@@ -196,6 +197,9 @@ def test_wrong_options_are_refused(folder: Path, capsys: pytest.CaptureFixture[s
         assert main(["ablate", *arguments, "--device=cpu"]) == 2, message
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ") and message in error
+    few = write_suite(evaluation={"features": "random-conv", "metrics": ["recall"], "num": 3})
+    assert main(["ablate", "--suite", few, "--device=cpu"]) == 2
+    assert "recall needs at least 4 images and the images holds 3" in capsys.readouterr().err
     # Nothing was trained before these were known.
     assert not list(folder.glob("ablations/*/runs/*"))
 
@@ -379,6 +383,53 @@ def test_runs_begin_with_the_weights_that_are_named(
     )
 
 
+def test_the_table_keeps_what_has_finished(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever rows and seeds are asked for, and while a repeated command is under way."""
+    changes = {"overrides": small_suite()["overrides"] | {"training.steps": 1}, "seeds": [0]}
+    command = ["ablate", "--suite", write_suite(**changes), "--device=cpu"]
+    output = folder / "ablations/small"
+    assert main([*command, "--rows", "with", "--seeds", "3"]) == 0
+    assert main(command) == 0
+    whole = results(output)
+    assert [(row["row"], row["seed"]) for row in whole] == [
+        ("real images", "0"),
+        ("with", "0"),
+        ("without it", "0"),
+        ("with", "3"),
+    ]
+    assert "3 of 3 runs; mean ± standard deviation over the seeds (0, 3)" in (
+        (output / "results.md").read_text()
+    )
+    tables = []
+    monkeypatch.setattr(
+        "deco_fast.experiments.runner.write_tables",
+        lambda suite, found, planned, folder: tables.append((len(found), planned)),
+    )
+    assert main([*command, "--rows", "without it"]) == 0 and main(command) == 0
+    assert tables == [(4, 3)] * 3
+    assert results(output) == whole
+
+    # What the command refuses is not listed as evaluated.
+    capsys.readouterr()
+    assert main([*command, "--set", "training.steps=2", "--dry-run"]) == 2
+    assert "holds a run of another configuration (training.steps was 1" in capsys.readouterr().err
+    # One more row, which cannot stand beside those of another length.
+    longer = ["--rows", "with", "--seeds", "4", "--set", "training.steps=2"]
+    assert main([*command, *longer]) == 0
+    assert "not in the table: ablations/small/runs/with-seed0 holds" in capsys.readouterr().out
+    assert tables[3:] == [(2, 1)]
+
+    (output / "reference.npz").write_bytes(b"cut short")
+    assert main(command) == 2
+    assert "reference.npz, where the suite keeps its reference, is damaged: delete it" in (
+        capsys.readouterr().err
+    )
+    (output / "reference.npz").unlink()
+    assert main(command) == 0
+
+
 def run_in_processes(file: Path) -> None:
     assert (
         main(["ablate", "--suite", str(file), "--device=cpu", f"--out={file.parent / 'two'}"]) == 0
@@ -493,4 +544,6 @@ def test_the_table_gives_means_and_spreads(folder: Path) -> None:
     assert text[6] == "| real images |  | 1 | 1 |  |"
     assert text[7] == "| with | 1,234,567 | 2 | 12 ± 2.8 | 31.35 |"
     assert text[8] == "| without it | 1,234,567 | 1 | 20 |  |"
+    found.append(RunResult("a | b", 0, 1, {"fid": 2.0}))
+    assert r"| a \| b | 1 | 1 | 2 |  |" in markdown(suite, found, 4, ["fid"])
     assert "3 of 4 runs; mean ± standard deviation over the seeds (0, 1)" in text[10]

@@ -119,6 +119,15 @@ def test_floats_and_bytes_are_judged_alike(
     )
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64])
+def test_unsigned_labels_are_labels(
+    evaluator: DigitsEvaluator, held_out: DigitsDataset, dtype: type
+) -> None:
+    images, labels = held_out.images[:20], held_out.labels[:20]
+    expected = evaluator.evaluate(images, labels)
+    assert evaluator.evaluate(images, labels.numpy().astype(dtype)) == expected
+
+
 def test_report_as_text_and_json(evaluator: DigitsEvaluator, held_out: DigitsDataset) -> None:
     report = evaluator.evaluate(held_out.images, held_out.labels)
     fields = json.loads(json.dumps(report.to_json()))
@@ -138,10 +147,16 @@ def test_report_as_text_and_json(evaluator: DigitsEvaluator, held_out: DigitsDat
         (torch.zeros(0, 3, 32, 32), torch.zeros(0, dtype=torch.int64), "0 images"),
         (torch.zeros(2, 3, 32, 32), torch.tensor([0, 10]), "0 to 10: expected"),
         (torch.zeros(2, 3, 32, 32), torch.tensor([0.0, 1.0]), "expected integers"),
+        (torch.zeros(2, 3, 32, 32), np.array([False, True]), "labels are torch.bool: expected"),
+        (torch.zeros(2, 3, 32, 32), np.array([0j, 1]), "torch.complex128: expected integers"),
+        (torch.zeros(2, 3, 32, 32), np.array([0, 10], np.uint16), "0 to 10: expected"),
     ],
 )
 def test_evaluator_refuses_wrong_arguments(
-    evaluator: DigitsEvaluator, images: torch.Tensor, labels: torch.Tensor, message: str
+    evaluator: DigitsEvaluator,
+    images: torch.Tensor,
+    labels: torch.Tensor | np.ndarray,
+    message: str,
 ) -> None:
     with pytest.raises(ValueError, match=message):
         evaluator.evaluate(images, labels)
@@ -209,6 +224,21 @@ def test_command_reads_npz(folder: Path) -> None:
     assert (
         report["accuracy"] == report["held_out_accuracy"] == DigitsEvaluator(16).held_out_accuracy
     )
+
+
+def test_command_keeps_the_report_of_other_images(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = DigitsDataset("test", size=16)
+    images, labels = to_uint8(test.images).numpy(), test.labels.numpy()
+    np.savez("digits.npz", images, labels)
+    command = ["digits", "--images", "digits.npz", "--out", "here"]
+    assert main(command) == 0
+    before = (folder / "here/report.json").read_bytes()
+    np.savez("digits.npz", images[:20], labels[:20])
+    assert main(command) == 2
+    assert "--out here holds the report of other images" in capsys.readouterr().err
+    assert (folder / "here/report.json").read_bytes() == before
 
 
 def test_command_draws_with_the_newest_finished_run(

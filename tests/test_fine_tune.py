@@ -100,7 +100,9 @@ def test_the_shipped_model_on_classes_of_its_own(
     # From another checkpoint it would be another run, and says so.
     shutil.copytree(pretrained_folder() / "deco-digits", "other")
     assert example.main([*words, "--checkpoint", "other"]) == 2
-    assert "training.init_from" in capsys.readouterr().err
+    assert "fine_tune.yaml is there without 'init_from: fine-tuned/initial-other" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
@@ -139,7 +141,8 @@ def test_a_text_model_on_captions(example: ModuleType) -> None:
         (["missing"], "image folder missing does not exist"),
         (["photos", "--checkpoint", "nothing"], "nothing does not exist"),
         (["photos", "--steps", "0"], "must be at least 1"),
-        (["photos", "--stepz", "3"], "unknown option '--stepz'"),
+        (["photos", "--step", "3"], "unknown option '--step'; did you mean '--steps'"),
+        (["photos", "--dryrun"], "unknown option '--dryrun'; did you mean '--dry-run'"),
         (["photos", "--training.lerning_rate", "3"], "learning_rate"),
     ],
 )
@@ -154,3 +157,30 @@ def test_refusals(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not Path("fine-tuned", "run").exists()
+    assert not Path("fine-tuned", "fine_tune.yaml").exists()
+
+
+def test_the_configuration_is_of_the_run(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(images()), "--device", "cpu"]
+    config = Path("fine-tuned", "fine_tune.yaml")
+    assert example.main([*words, "--dry-run"]) == 0
+    assert not config.exists()
+    trained: list[list[str]] = []
+
+    def train(arguments: list[str]) -> int:
+        trained.append(arguments)
+        return 0
+
+    monkeypatch.setattr(example, "train", train)
+    assert example.main(words) == 0 and example.main(words) == 0
+    before = config.read_bytes()
+    assert trained[0][:2] == ["--config", str(config)] and len(trained) == 2
+    for more in (["--batch-size", "8"], ["--batch-size", "8", "--dry-run"]):
+        assert example.main([*words, *more]) == 2
+        assert f"{config} is there without 'batch_size: 8'" in capsys.readouterr().err
+    assert config.read_bytes() == before and len(trained) == 2
+    config.write_text("of mine")
+    assert example.main(words) == 2
+    assert config.read_text() == "of mine"

@@ -34,6 +34,7 @@ from deco_fast.evaluation.inception_score import InceptionScore
 from deco_fast.evaluation.metrics import Collector, compare
 from deco_fast.evaluation.precision_recall import precision_recall
 from deco_fast.evaluation.random_conv import RandomConvExtractor
+from deco_fast.evaluation.report import EVALUATIONS, report_folder, write_report
 from deco_fast.evaluation.statistics import load_statistics
 from deco_fast.training.distributed import Processes, join_processes
 
@@ -553,7 +554,8 @@ def test_a_batch_has_the_size_of_its_images(
 def damaged_files() -> dict[str, str]:
     """Expected words of the error, and the file that calls for it."""
     note = {"features": "random-conv", "fingerprint": RandomConvExtractor(CPU).fingerprint}
-    sigma = np.random.default_rng(0).standard_normal((448, 448))
+    factor = np.random.default_rng(0).standard_normal((448, 448))
+    sigma = factor @ factor.T
     moments = {"mu": np.zeros(448), "sigma": sigma}
     np.savez_compressed("broken.npz", deco_fast=np.array(json.dumps(note)), **moments)
     broken = bytearray(Path("broken.npz").read_bytes())
@@ -601,6 +603,115 @@ def test_damaged_files_are_one_line(
     assert not Path("kept.npz").exists()
 
 
+BAD_STATISTICS = {
+    "pool_features is (20,), of 4 features": {"pool_features": np.zeros(20)},
+    "pool_features is (20, 3), of 4 features": {"pool_features": np.zeros((20, 3))},
+    "pool_features is not finite": {"pool_features": np.full((20, 4), np.nan)},
+    "mu is complex128": {"mu": np.zeros(4, complex)},
+    "sigma is complex128": {"sigma": np.eye(4, dtype=complex)},
+    "sigma is not finite": {"sigma": np.full((4, 4), np.inf)},
+    "sigma is not symmetric": {"sigma": np.eye(4) + np.eye(4, k=1)},
+    "sigma has negative eigenvalues, as no covariance": {"sigma": -np.eye(4)},
+}
+
+
+@pytest.mark.parametrize("reason", BAD_STATISTICS)
+def test_arrays_that_are_no_statistics(tmp_path: Path, reason: str) -> None:
+    extractor = RandomConvExtractor(CPU)
+    note = {"features": extractor.name, "fingerprint": extractor.fingerprint}
+    arrays = {"deco_fast": np.array(json.dumps(note)), "mu": np.zeros(4), "sigma": np.eye(4)}
+    np.savez(tmp_path / "bad.npz", **arrays | BAD_STATISTICS[reason])
+    with pytest.raises(UserError) as caught:
+        load_statistics(tmp_path / "bad.npz", extractor)
+    assert f"bad.npz holds no readable statistics ({reason}): make them" in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rounded_statistics_are_read(tmp_path: Path, dtype: type) -> None:
+    """Of fewer images than features, so that rounding makes some eigenvalues negative."""
+    extractor = RandomConvExtractor(CPU)
+    note = {"features": extractor.name, "fingerprint": extractor.fingerprint}
+    factor = np.random.default_rng(0).standard_normal((300, 20))
+    sigma = (factor @ factor.T).astype(dtype)
+    sigma[0, 1] *= 1 + np.finfo(dtype).eps
+    np.savez(
+        tmp_path / "kept.npz", deco_fast=np.array(json.dumps(note)), mu=np.zeros(300), sigma=sigma
+    )
+    found = load_statistics(tmp_path / "kept.npz", extractor).pooled.covariance
+    np.testing.assert_allclose(found, factor @ factor.T, atol=0.02)
+
+
+# --- the folder of the report ---------------------------------------------------------------
+
+
+def test_two_evaluations_at_once_keep_both_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with report_folder(None, "x", {"seed": 0}) as first:
+        with report_folder(None, "x", {"seed": 1}) as second:
+            write_report(second, {"seed": 1}, {})
+        with pytest.raises(UserError, match="x is in use by another program"):
+            report_folder(first, "x", {"seed": 0}).__enter__()
+        write_report(first, {"seed": 0}, {})
+    assert [first, second] == [EVALUATIONS / "x", EVALUATIONS / "x-2"]
+    for folder, seed in ((first, 0), (second, 1)):
+        with report_folder(None, "x", {"seed": seed}) as again:
+            assert again == folder
+        assert json.loads((folder / "report.json").read_text())["source"] == {"seed": seed}
+
+
+def test_a_report_folder_of_others_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ZeroDivisionError), report_folder(None, "x", {}):
+        raise ZeroDivisionError
+    assert not EVALUATIONS.exists()
+    for name, file, content in (("x", "a.csv", b"mine"), ("x-2", "report.json", b"\xff")):
+        (EVALUATIONS / name).mkdir(parents=True)
+        (EVALUATIONS / name / file).write_bytes(content)
+    with report_folder(None, "x", {}, ["a.csv"]) as folder:
+        assert folder == EVALUATIONS / "x-3"
+
+
+def test_where_no_report_can_be_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = f"{240 * 'n'}.npz"
+    np.savez(name, images_of(460))
+    for _ in range(2):
+        assert evaluate("--images", name, "--reference", name) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: evaluations/metrics-nnn")
+        assert "(File name too long): choose another" in error
+        assert not list(EVALUATIONS.glob("*"))
+        EVALUATIONS.mkdir(exist_ok=True)
+    EVALUATIONS.rmdir()
+    EVALUATIONS.touch()
+    assert evaluate("--images", name, "--reference", name) == 2
+    assert "evaluations is a file: choose another folder" in capsys.readouterr().err
+
+
+def test_a_report_of_images_that_have_changed_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", images_of(460))
+    np.savez("b.npz", images_of(460))
+    command = ("--images", "a.npz", "--reference", "b.npz", "--metrics", "fid", "--out", "out")
+    assert evaluate(*command) == 0 and evaluate(*command) == 0
+    for changed in ("a.npz", "b.npz"):
+        np.savez(changed, images_of(470, seed=1))
+        before = Path("out/report.json").read_bytes()
+        assert evaluate(*command) == 2
+        assert "--out out holds the report of other images" in capsys.readouterr().err
+        assert Path("out/report.json").read_bytes() == before
+        Path("out/report.json").unlink()
+        assert evaluate(*command) == 0
+
+
 def bad_arguments() -> dict[str, list[str]]:
     """Expected words of the error, and the arguments that call for it."""
     np.savez("good.npz", images_of(460))
@@ -643,7 +754,11 @@ def bad_arguments() -> dict[str, list[str]]:
         "the images are 32×32 and the reference 16×16": ["large.npz"],
         "unknown metric 'fad'; did you mean 'fid'?": ["good.npz", "--metrics", "fad"],
         "statistics are of 4 features and not of 448": ["good.npz", "--reference", "narrow.npz"],
-        "statistics are not finite": ["good.npz", "--reference", "nan.npz"],
+        "nan.npz holds no readable statistics (mu is not finite)": [
+            "good.npz",
+            "--reference",
+            "nan.npz",
+        ],
         "holds statistics of inception features": ["good.npz", "--reference", "inception.npz"],
         "unknown features 'dino'; did you mean 'dinov2'": ["good.npz", "--features", "dino"],
         "the weights of random-conv are fixed": ["good.npz", "--weights", "some.pth"],

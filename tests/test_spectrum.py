@@ -20,12 +20,14 @@ from deco_fast.evaluation.spectrum import (
     TRUE_VELOCITY,
     VELOCITY,
     LabelledBatch,
+    Spectrum,
     block_energy,
     measure_spectra,
     spectral_error,
     zigzag,
 )
 from deco_fast.evaluation.spectrum_images import SpectrumImages
+from deco_fast.evaluation.spectrum_report import draw_spectra
 from deco_fast.models.card import ModelCard
 from deco_fast.models.config import DeCoConfig
 from deco_fast.models.deco import DeCo
@@ -194,6 +196,59 @@ def test_command_replaces_no_file_of_others(
     assert (folder / "mine/spectrum.csv").read_text() == "of mine"
     (folder / "mine/spectrum.csv").unlink()
     assert main(command) == 0 and main(command) == 0  # its own it may
+    unnamed = folder / "evaluations/spectrum-one"
+    unnamed.mkdir(parents=True)
+    (unnamed / "spectrum.csv").write_text("of mine")
+    assert main(command[:-2]) == 0
+    assert (unnamed / "spectrum.csv").read_text() == "of mine"
+    assert (folder / "evaluations/spectrum-one-2/spectrum.csv").exists()
+
+
+def test_command_keeps_the_report_of_other_images(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder / "images/a.png", encoded(1))
+    command = ["spectrum", "one.safetensors", "--timesteps", "0.5", "--images", "images"]
+    command += ["--out", "mine"]
+    assert main(command) == 0
+    before = (folder / "mine/spectrum.csv").read_bytes()
+    write(folder / "images/b.png", encoded(200))
+    assert main(command) == 2
+    assert "--out mine holds the report of other images" in capsys.readouterr().err
+    assert (folder / "mine/spectrum.csv").read_bytes() == before
+
+
+def test_command_refuses_damaged_images_in_class_folders(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(10):
+        write(folder / f"classes/{number}/0.png", encoded(20 * number))
+    (folder / "classes/3/0.png").write_bytes(b"no png")
+    assert main(["spectrum", "one.safetensors", "--images", "classes"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: classes/3/0.png is no readable image")
+
+
+def test_names_of_checkpoints(folder: Path) -> None:
+    """A path with "=" is a path, and a name that begins with "_" stands in the legend."""
+    (folder / "runs").mkdir()
+    (folder / "one.safetensors").rename(folder / "runs/lr=0.1.safetensors")
+    command = ["spectrum", "runs/lr=0.1.safetensors", "_zero=two.safetensors", "--num", "4"]
+    assert main([*command, "--timesteps", "0.5"]) == 0
+    output = folder / "evaluations/spectrum-lr=0.1-_zero"
+    with (output / "spectrum.csv").open(newline="") as file:
+        assert {row["model"] for row in csv.DictReader(file)} == {"", "lr=0.1", "_zero"}
+
+
+def test_every_model_is_in_the_legend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(
+        "deco_fast.evaluation.spectrum_report.save_figure", lambda figure, _: figures.append(figure)
+    )
+    energy = torch.ones(64, dtype=torch.float64)
+    draw_spectra([Spectrum(name, VELOCITY, 0.5, energy) for name in ("_a", "b")], [])
+    legend = figures[0].axes[0].get_legend()
+    assert [text.get_text().strip() for text in legend.get_texts()] == ["_a", "b"]
 
 
 def test_command_refuses_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,6 +263,15 @@ def test_command_refuses_in_one_line(folder: Path, capsys: pytest.CaptureFixture
             "large.safetensors",
         ],
         "--timesteps: timesteps are 0 … 1, not 2": ["one.safetensors", "--timesteps", "2"],
+        "a name is empty: name the checkpoint otherwise, NAME=one": ["=one.safetensors"],
+        "'true' is what the true velocity is called": ["true=one.safetensors"],
+        "../x=one.safetensors does not exist, and '../x' is no name": ["../x=one.safetensors"],
+        "File name too long": [f"{200 * 'a'}=one.safetensors", f"{200 * 'b'}=two.safetensors"],
+        "--timesteps: two timesteps of 0.1234567,0.1234568 are equal in six digits": [
+            "one.safetensors",
+            "--timesteps",
+            "0.1234567,0.1234568",
+        ],
         "--timesteps: could not convert": ["one.safetensors", "--timesteps", "soon"],
         "--images: is empty": ["one.safetensors", "--images", ""],
         "--images none is no folder": ["one.safetensors", "--images", "none"],

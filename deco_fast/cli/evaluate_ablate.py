@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from deco_fast.experiments.folder import FIGURE_FILES, MARKDOWN_FILE, SuiteFolde
 from deco_fast.experiments.suite import (
     Evaluation,
     PlannedRun,
+    Suite,
     load_suite,
     plan,
     suite_names,
@@ -21,6 +23,7 @@ from deco_fast.experiments.suite import (
 from deco_fast.experiments.values import is_evaluated
 from deco_fast.sampling.writers import check_writable
 from deco_fast.training.distributed import join_processes
+from deco_fast.training.run_folder import RunFolder
 from deco_fast.training.work import count_work
 
 
@@ -29,7 +32,8 @@ def run(options: argparse.Namespace) -> int:
     given = {"weights": options.weights, "num": options.num, "reference": options.reference}
     evaluation = {key: value for key, value in given.items() if value is not None}
     suite = load_suite(options.suite, options.rows, options.seeds, evaluation)
-    runs = plan(suite, _overrides(options.set or []))
+    overrides = _overrides(options.set or [])
+    runs = plan(suite, overrides)
     if options.write_configs is not None:
         return _write_configs(runs, options.write_configs)
     folder = options.out or Path("ablations") / suite.name
@@ -49,7 +53,10 @@ def run(options: argparse.Namespace) -> int:
                 print(line, flush=True)
 
         say(f"{suite.name}: {len(runs)} runs in {folder}")
-        status = run_suite(suite, runs, folder, processes, say)
+        whole = load_suite(options.suite, evaluation=evaluation)
+        # Of the main process, which writes it.
+        table = _table(whole, runs, overrides, where, say) if processes.is_main else None
+        status = run_suite(whole, runs, folder, processes, say, table)
         if status == 0 and processes.is_main:
             print((folder / MARKDOWN_FILE).read_text(encoding="utf-8"))
             print(f"table   {folder / MARKDOWN_FILE}")
@@ -57,7 +64,40 @@ def run(options: argparse.Namespace) -> int:
         return status
 
 
+def _table(
+    suite: Suite,
+    runs: list[PlannedRun],
+    overrides: dict[str, str],
+    where: SuiteFolder,
+    say: Callable[[str], None],
+) -> list[PlannedRun]:
+    """The runs to do, and those of the suite that this folder holds besides."""
+    given = (run.seed for run in runs)
+    there = sorted(seed for row in suite.rows for seed in where.seeds(row))
+    seeds = tuple(dict.fromkeys((*suite.seeds, *given, *there)))
+    try:
+        planned = plan(suite.model_copy(update={"seeds": seeds}), overrides)
+    except UserError as error:
+        say(f"in the table only the rows that are asked for: {error}")
+        return runs
+    wanted = {run.name for run in runs}
+    table = []
+    for run in planned:
+        folder = where.run(run)
+        if run.name in wanted:
+            table.append(run)
+        elif folder.exists():
+            try:
+                RunFolder(folder, run.config).check(exactly=True)
+                table.append(run)
+            except UserError as error:
+                say(f"not in the table: {error}")
+    return table
+
+
 def _dry_run(runs: list[PlannedRun], evaluation: Evaluation, folder: SuiteFolder) -> int:
+    for planned in runs:  # nothing is listed that would be refused
+        RunFolder(folder.run(planned), planned.config).check(exactly=True)
     for planned in runs:
         work = count_work(planned.config)
         training = planned.config.training

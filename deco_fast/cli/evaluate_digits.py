@@ -20,8 +20,9 @@ from deco_fast.checkpoint.format import WEIGHTS
 from deco_fast.cli.parser import checked, not_empty, number, one_of, to_path, whole_number
 from deco_fast.errors import UserError
 from deco_fast.evaluation.digits import DigitsEvaluator
+from deco_fast.evaluation.fingerprint import files_fingerprint
 from deco_fast.evaluation.npz import READ_ERRORS
-from deco_fast.evaluation.report import REPORT_FILE, report_folder, write_report
+from deco_fast.evaluation.report import EVALUATIONS, REPORT_FILE, report_folder, write_report
 from deco_fast.models.config import class_config
 from deco_fast.models.network import DeCoNetwork
 from deco_fast.sampling.engine import SamplingEngine
@@ -56,11 +57,16 @@ class _Images(NamedTuple):
 
 def run(options: argparse.Namespace) -> int:
     """Draw or read the images, evaluate; the exit status."""
-    if options.out:
-        check_writable(options.out, "--out")
+    check_writable(options.out or EVALUATIONS, "--out")
     chosen = _from_file(options) if options.images else _from_checkpoint(options)
-    default = Path("evaluations") / f"digits-{chosen.name}"
-    folder = report_folder(options.out, default, chosen.source, (PAIRS_FILE,))
+    with report_folder(
+        options.out, f"digits-{chosen.name}", chosen.source, (PAIRS_FILE,)
+    ) as folder:
+        _evaluate(chosen, folder)
+    return 0
+
+
+def _evaluate(chosen: _Images, folder: Path) -> None:
     images, labels = chosen.get()
     try:
         evaluator = DigitsEvaluator(images.shape[1])
@@ -68,14 +74,12 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(f"{chosen.name} holds no digits: {error}") from error
     _, nearest = evaluator.nearest_training_digits(images[:_PAIRS])
-
+    print(report)
     # First the report, by which the next call knows the picture for its own.
     write_report(folder, chosen.source, report.to_json())
     save_grid(torch.cat([images[:_PAIRS], nearest], dim=2), folder / PAIRS_FILE)
-    print(report)
     print(f"report  {folder / REPORT_FILE}")
     print(f"pairs   {folder / PAIRS_FILE} (left drawn, right the nearest training digit)")
-    return 0
 
 
 def _from_checkpoint(options: argparse.Namespace) -> _Images:
@@ -159,7 +163,8 @@ def _from_file(options: argparse.Namespace) -> _Images:
             f"--images {path} has an arr_0 of shape {tuple(images.shape)} instead of "
             "(N, H, W, 3): have sample.py write one (--npz)"
         )
-    return _Images(path.stem, {"images": str(path)}, lambda: (images, labels))
+    source = {"images": str(path), "files": files_fingerprint(path)}
+    return _Images(path.stem, source, lambda: (images, labels))
 
 
 def add_parser(kinds: Any) -> None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from deco_fast import __version__
 from deco_fast.cli.parser import checked, not_empty, to_path, whole_number
 from deco_fast.errors import UserError
-from deco_fast.evaluation.extractors import EXTRACTORS, check_extractor, open_extractor
-from deco_fast.evaluation.image_sets import open_images
+from deco_fast.evaluation.extractors import (
+    EXTRACTORS,
+    FeatureExtractor,
+    check_extractor,
+    open_extractor,
+)
+from deco_fast.evaluation.fingerprint import files_fingerprint
+from deco_fast.evaluation.image_sets import ImageSet, open_images
 from deco_fast.evaluation.metrics import (
     METRICS,
+    ReferenceSet,
     compare,
     evaluate_images,
     needs_rows,
@@ -20,8 +28,12 @@ from deco_fast.evaluation.metrics import (
     parse_metrics,
     rehearse,
 )
-from deco_fast.evaluation.report import REPORT_FILE, report_folder, write_report
-from deco_fast.evaluation.statistics import holds_own_statistics, holds_statistics
+from deco_fast.evaluation.report import EVALUATIONS, REPORT_FILE, report_folder, write_report
+from deco_fast.evaluation.statistics import (
+    SetStatistics,
+    holds_own_statistics,
+    holds_statistics,
+)
 from deco_fast.sampling.writers import check_writable
 from deco_fast.training.distributed import Processes, join_processes
 
@@ -38,8 +50,8 @@ def run(options: argparse.Namespace) -> int:
     """Read or compute the statistics of both sets and compare them; the exit status."""
     if options.images is None and options.save_statistics is None:
         raise UserError("--images is missing: name an npz file or a folder to evaluate")
-    if options.out:
-        check_writable(options.out, "--out")
+    if options.images is not None:
+        check_writable(options.out or EVALUATIONS, "--out")
     if options.save_statistics:
         check_writable(options.save_statistics.parent, "--save-statistics")
         _check_replaceable(options.save_statistics, options.reference, options.images)
@@ -69,45 +81,71 @@ def _check_replaceable(path: Path, reference: Path, images: Path | None) -> None
 
 
 def _run(options: argparse.Namespace, processes: Processes) -> int:
-    metrics = None if options.metrics is None else parse_metrics(options.metrics)
-    keep_rows = needs_rows(metrics)
     # Opened first, so that what is wrong with it is known before the reference is worked on.
     images = None if options.images is None else open_images(options.images, options.crop)
     extractor = open_extractor(options.features, options.weights, processes.device)
-    opened = open_reference(options.reference, extractor, options.crop)
-    folder, source = None, {}
-    if images is not None:
-        source = {
-            "images": str(options.images),
-            "count": len(images),
-            "reference": str(options.reference),
-            "features": extractor.name,
-            "fingerprint": extractor.fingerprint,
-            "crop": options.crop,
-            "metrics": options.metrics,
-            "deco_fast": __version__,
-        }
-        default = Path("evaluations") / f"metrics-{options.images.stem}-{extractor.name}"
-        folder = report_folder(options.out, default, source)
-        rehearse(images, opened, extractor, metrics, processes.device)
-    reference = opened.statistics(extractor, processes, options.batch_size, keep_rows)
-    if options.save_statistics is not None and processes.is_main:
-        reference.save(options.save_statistics, extractor)
-        print(f"statistics of the reference: {options.save_statistics}")
-    if images is None or folder is None:
+    reference = open_reference(options.reference, extractor, options.crop)
+    if images is None:
+        _reference_statistics(options, reference, extractor, processes)
         return 0
-    found = evaluate_images(images, extractor, processes, options.batch_size, keep_rows)
-    values = compare(found, reference, processes, metrics, progress=processes.is_main)
-    if not processes.is_main:
-        return 0
-    write_report(folder, source, values)
-    of = "" if extractor.name == "inception" else f" of {extractor.name}"
-    titles = _TITLES if not of else _TITLES | {"fid": "Fréchet distance"}
-    print(f"{len(images):,} images, features{of or ' of Inception'}")
-    for name, value in values.items():
-        print(f"{titles[name]:<17} {value:.4f}")
-    print(f"report            {folder / REPORT_FILE}")
+    source = {
+        "images": str(options.images),
+        "count": len(images),
+        "reference": str(options.reference),
+        "features": extractor.name,
+        "fingerprint": extractor.fingerprint,
+        "crop": options.crop,
+        "metrics": options.metrics,
+        "deco_fast": __version__,
+    }
+    place: AbstractContextManager[Path | None] = nullcontext()
+    if processes.is_main:
+        source["files"] = [files_fingerprint(path) for path in (options.images, options.reference)]
+        default = f"metrics-{options.images.stem}-{extractor.name}"
+        place = report_folder(options.out, default, source)
+    with place as folder:
+        values = _compare(options, images, reference, extractor, processes)
+        if folder is not None:
+            write_report(folder, source, values)
+            print(f"report            {folder / REPORT_FILE}")
     return 0
+
+
+def _compare(
+    options: argparse.Namespace,
+    images: ImageSet,
+    opened: ReferenceSet,
+    extractor: FeatureExtractor,
+    processes: Processes,
+) -> dict[str, float]:
+    """The metrics, which the main process prints."""
+    metrics = None if options.metrics is None else parse_metrics(options.metrics)
+    rehearse(images, opened, extractor, metrics, processes.device)
+    reference = _reference_statistics(options, opened, extractor, processes)
+    found = evaluate_images(images, extractor, processes, options.batch_size, needs_rows(metrics))
+    values = compare(found, reference, processes, metrics, progress=processes.is_main)
+    if processes.is_main:
+        of = "" if extractor.name == "inception" else f" of {extractor.name}"
+        titles = _TITLES if not of else _TITLES | {"fid": "Fréchet distance"}
+        print(f"{len(images):,} images, features{of or ' of Inception'}")
+        for name, value in values.items():
+            print(f"{titles[name]:<17} {value:.4f}")
+    return values
+
+
+def _reference_statistics(
+    options: argparse.Namespace,
+    reference: ReferenceSet,
+    extractor: FeatureExtractor,
+    processes: Processes,
+) -> SetStatistics:
+    """The reference's statistics, kept where --save-statistics says."""
+    metrics = None if options.metrics is None else parse_metrics(options.metrics)
+    found = reference.statistics(extractor, processes, options.batch_size, needs_rows(metrics))
+    if options.save_statistics is not None and processes.is_main:
+        found.save(options.save_statistics, extractor)
+        print(f"statistics of the reference: {options.save_statistics}")
+    return found
 
 
 def add_parser(kinds: Any) -> None:

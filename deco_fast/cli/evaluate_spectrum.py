@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,22 @@ from deco_fast.checkpoint.find import locate
 from deco_fast.checkpoint.format import WEIGHTS
 from deco_fast.cli.parser import checked, not_empty, one_of, to_path, whole_number
 from deco_fast.errors import UserError
-from deco_fast.evaluation.report import report_folder, write_report
-from deco_fast.evaluation.spectrum import TIMESTEPS, Spectrum, measure_spectra, parse_timesteps
-from deco_fast.evaluation.spectrum_images import DIGITS, open_labelled
-from deco_fast.evaluation.spectrum_report import draw_spectra, high_share_lines, write_csv
+from deco_fast.evaluation.fingerprint import files_fingerprint
+from deco_fast.evaluation.report import EVALUATIONS, report_folder, write_report
+from deco_fast.evaluation.spectrum import (
+    TIMESTEPS,
+    LabelledBatch,
+    Spectrum,
+    measure_spectra,
+    parse_timesteps,
+)
+from deco_fast.evaluation.spectrum_images import DIGITS, SpectrumImages, open_labelled
+from deco_fast.evaluation.spectrum_report import (
+    TRUE,
+    draw_spectra,
+    high_share_lines,
+    write_csv,
+)
 from deco_fast.models.config import class_config
 from deco_fast.models.network import DeCoNetwork
 from deco_fast.sampling.batch_size import default_batch_size
@@ -32,75 +46,104 @@ FIGURE_FILES = ("spectrum.png", "spectrum.svg")
 
 def run(options: argparse.Namespace) -> int:
     """Measure each checkpoint on the same images and noise; the exit status."""
-    if options.out:
-        check_writable(options.out, "--out")
+    check_writable(options.out or EVALUATIONS, "--out")
     device = pick_device(options.device)
     timesteps = TIMESTEPS if options.timesteps is None else parse_timesteps(options.timesteps)
     paths = _named(options)
     models = {name: load_checkpoint(path, options.weights, device) for name, path in paths.items()}
-    classes = {
-        name: class_config(model.config, paths[name]).num_classes for name, model in models.items()
-    }
     height, width = _common_size(models)
+    images = {
+        name: open_labelled(
+            options.images, height, width, class_config(model.config, paths[name]).num_classes
+        )
+        for name, model in models.items()
+    }
     source: dict[str, Any] = {
         "checkpoints": {name: str(path) for name, path in paths.items()},
         "weights_checksums": {name: weights_checksum(model) for name, model in models.items()},
         "images": options.images,
+        "files": None if options.images == DIGITS else files_fingerprint(options.images),
         "num": options.num,
         "seed": options.seed,
         "timesteps": list(timesteps),
         "deco_fast": __version__,
     }
-    default = Path("evaluations") / f"spectrum-{'-'.join(models)}"
-    folder = report_folder(options.out, default, source, (CSV_FILE, *FIGURE_FILES))
-
-    batch_size = options.batch_size or default_batch_size(device, height, width)
-    spectra: list[Spectrum] = []
-    for name, model in models.items():
-        images = open_labelled(options.images, height, width, classes[name])
-        count = min(options.num, len(images))
-        batches = tqdm(
-            images.batches(count, batch_size),
-            total=-(-count // batch_size),
-            desc=name,
-            unit="batch",
-        )
-        found = measure_spectra(
-            model, name, batches, timesteps=timesteps, seed=options.seed, device=device
-        )
-        # The true velocity is that of the images, whatever the model.
-        spectra += [spectrum for spectrum in found if spectrum.model or not spectra]
-        print(f"{name}: {count:,} images of {height}×{width}, {images.labelling}")
-    write_csv(spectra, folder / CSV_FILE)
-    write_report(folder, source, {"spectra": CSV_FILE})
-    print("\n".join(high_share_lines(spectra)))
-    print(f"numbers {folder / CSV_FILE}")
-    draw_spectra(spectra, [folder / name for name in FIGURE_FILES])
-    print(f"figure  {folder / FIGURE_FILES[0]} (.svg)")
+    default = f"spectrum-{'-'.join(models)}"
+    files = (CSV_FILE, *FIGURE_FILES)
+    with report_folder(options.out, default, source, files) as folder:
+        batch_size = options.batch_size or default_batch_size(device, height, width)
+        spectra: list[Spectrum] = []
+        for name, model in models.items():
+            count = min(options.num, len(images[name]))
+            found = measure_spectra(
+                model,
+                name,
+                _batches(images[name], count, batch_size, name),
+                timesteps=timesteps,
+                seed=options.seed,
+                device=device,
+            )
+            # The true velocity is that of the images, whatever the model.
+            spectra += [spectrum for spectrum in found if spectrum.model or not spectra]
+            print(f"{name}: {count:,} images of {height}×{width}, {images[name].labelling}")
+        print("\n".join(high_share_lines(spectra)))
+        # First the report, by which the next call knows the other files for its own.
+        write_report(folder, source, {"spectra": CSV_FILE})
+        write_csv(spectra, folder / CSV_FILE)
+        print(f"numbers {folder / CSV_FILE}")
+        draw_spectra(spectra, [folder / name for name in FIGURE_FILES])
+        print(f"figure  {folder / FIGURE_FILES[0]} (.svg)")
     return 0
+
+
+def _batches(
+    images: SpectrumImages, count: int, batch_size: int, name: str
+) -> Iterable[LabelledBatch]:
+    batches = images.batches(count, batch_size)
+    return tqdm(batches, total=-(-count // batch_size), desc=name, unit="batch")
 
 
 def _named(options: argparse.Namespace) -> dict[str, Path]:
     """The checkpoints by the names that they have in the figure.
 
     Raises:
-        UserError: one does not exist, or two have one name.
+        UserError: one does not exist, has a name that cannot be used, or that of another.
     """
     if not options.checkpoints:
         path, reason = default_checkpoint(options.runs)
         print(f"{path} ({reason})")
-        return {checkpoint_name(path): locate(path)}
+        return {_checked_name(checkpoint_name(path), str(path)): locate(path)}
     named: dict[str, Path] = {}
     for word in options.checkpoints:
         name, equals, path = word.partition("=")
-        if equals and not path:
+        if not equals or os.path.exists(os.path.expanduser(word)):
+            located, path = locate(word), word
+            name = checkpoint_name(located.absolute())
+        elif not path:
             raise UserError(f"'{word}' names no checkpoint: NAME=PATH")
-        located = locate(path if equals else word)
-        name = name if equals else checkpoint_name(located)
-        if name in named:
-            raise UserError(f"two checkpoints are called '{name}': name them, NAME={path or word}")
+        elif set("/\\") & set(name):
+            raise UserError(
+                f"{word} does not exist, and '{name}' is no name for a folder: check the path, or "
+                "give another NAME=PATH"
+            )
+        else:
+            located = locate(path)
+        if _checked_name(name, path) in named:
+            raise UserError(f"two checkpoints are called '{name}': name them, NAME={path}")
         named[name] = located
     return named
+
+
+def _checked_name(name: str, path: str) -> str:
+    """The name.
+
+    Raises:
+        UserError: it is empty, or that of the true velocity.
+    """
+    if name and name != TRUE:
+        return name
+    reason = f"'{name}' is what the true velocity is called" if name else "a name is empty"
+    raise UserError(f"{reason}: name the checkpoint otherwise, NAME={path}")
 
 
 def _common_size(models: dict[str, DeCoNetwork]) -> tuple[int, int]:

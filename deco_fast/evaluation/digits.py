@@ -151,10 +151,12 @@ class DigitsEvaluator:
         labels = torch.as_tensor(labels)
         if labels.shape != (len(images),) or not len(images):
             raise ValueError(f"{len(images)} images, labels of shape {tuple(labels.shape)}")
-        if labels.is_floating_point() or labels.min() < 0 or labels.max() > 9:
+        if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+            raise ValueError(f"labels are {labels.dtype}: expected integers, 0 to 9")
+        labels = labels.to(torch.int64)  # of unsigned ones torch knows no smallest
+        if labels.min() < 0 or labels.max() > 9:
             raise ValueError(
-                f"labels are {labels.dtype}, {labels.min()} to {labels.max()}: "
-                "expected integers, 0 to 9"
+                f"labels are {labels.min()} to {labels.max()}: expected integers, 0 to 9"
             )
         correct = self.predict(images) == labels
         distances, _ = self.nearest_training_digits(images)

@@ -135,15 +135,21 @@ class FolderOfImages:
         path: the folder; images in subfolders count.
         size: cut the images to this height and width, as training does; None takes them as they
             are.
+        files: of the images; None is all that are below the folder.
 
     Raises:
         UserError: there are none, one is damaged, or they differ in size.
     """
 
-    def __init__(self, path: Path, size: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        size: tuple[int, int] | None = None,
+        files: Sequence[Path] | None = None,
+    ) -> None:
         self.path = path
         self._cut_to = size
-        self._files = sorted(_image_files(path))
+        self._files = sorted(_image_files(path)) if files is None else files
         if not self._files:
             raise UserError(
                 f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}): name another folder"

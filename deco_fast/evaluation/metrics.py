@@ -336,8 +336,11 @@ def _check_enough(name: str, statistics: SetStatistics, what: str) -> None:
         needed, reason = NEIGHBOURS + 1, name
     else:
         return
-    held = len(statistics.rows) if name in _NEED_ROWS and statistics.rows is not None else None
-    held = statistics.count if held is None else held
+    held = statistics.count
+    if name in _NEED_ROWS and statistics.rows is not None:
+        # A data set's statistics may come with the rows of fewer images; at a rehearsal it is the
+        # number of images that may be less.
+        held = min(len(statistics.rows), held or len(statistics.rows))
     if held is not None and held < needed:
         raise UserError(
             f"{reason} needs at least {needed:,} images and the {what} holds {held:,}: give more "

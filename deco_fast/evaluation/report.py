@@ -2,46 +2,55 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from deco_fast.checkpoint.atomic import atomic_file
+from deco_fast.checkpoint.lock import alone_in
 from deco_fast.errors import UserError
 
 REPORT_FILE = "report.json"
+EVALUATIONS = Path("evaluations")
+"""Where the folders lie that the user does not name."""
 
 
+@contextmanager
 def report_folder(
-    named: Path | None, default: Path, source: Mapping[str, Any], files: Sequence[str] = ()
-) -> Path:
-    """The folder named, or the first of default, default-2 … without the report of others.
+    named: Path | None, default: str, source: Mapping[str, Any], files: Sequence[str] = ()
+) -> Iterator[Path]:
+    """The folder named, or the first of default, default-2 … that holds nothing of others.
+
+    Until the end no other evaluation writes to it: where no folder is named it takes the next.
 
     Args:
         named: by the user.
-        default: where none is named.
+        default: the name of the folder in `EVALUATIONS` where none is named.
         source: what is evaluated, as JSON gives it back.
         files: what is written beside the report.
 
     Raises:
-        UserError: the folder named holds the report of something else, or such files without one.
+        UserError: the folder named holds the report of something else, or such files without one,
+            or is in use; or a folder cannot be used.
     """
-    if named and not (named / REPORT_FILE).exists():
-        foreign = [name for name in files if (named / name).exists()]
-        if foreign:
-            raise UserError(
-                f"--out {named} holds a {foreign[0]} that is not of a report: choose another --out"
-            )
-    if named:
-        if _holds_another_report(named, source):
-            raise UserError(f"--out {named} holds the report of other images: choose another --out")
-        return named
-    folder, count = default, 1
-    while _holds_another_report(folder, source):
-        count += 1
-        folder = default.with_name(f"{default.name}-{count}")
-    return folder
+    is_new = not EVALUATIONS.exists()
+    try:
+        with ExitStack() as held:
+            if named is None:
+                yield _first_free(default, source, files, held)
+            else:
+                _refuse_others(named, source, files)
+                held.enter_context(alone_in(named))
+                # Another program may have been in it until now.
+                _refuse_others(named, source, files)
+                yield named
+    finally:
+        if is_new:
+            with suppress(OSError):  # not empty, or not made
+                EVALUATIONS.rmdir()
 
 
 def write_report(folder: Path, source: Mapping[str, Any], report: Mapping[str, Any]) -> None:
@@ -55,10 +64,50 @@ def write_report(folder: Path, source: Mapping[str, Any], report: Mapping[str, A
         temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def _holds_another_report(folder: Path, source: Mapping[str, Any]) -> bool:
+def _first_free(
+    default: str, source: Mapping[str, Any], files: Sequence[str], held: ExitStack
+) -> Path:
+    for number in itertools.count(1):
+        folder = EVALUATIONS / (default if number == 1 else f"{default}-{number}")
+        if _of_others(folder, source, files):
+            continue
+        with ExitStack() as attempt:
+            try:
+                attempt.enter_context(alone_in(folder))
+            except UserError as error:
+                if isinstance(error.__cause__, BlockingIOError):  # in use
+                    continue
+                raise
+            # Another program may have been in it until now.
+            if not _of_others(folder, source, files):
+                held.push(attempt.pop_all())
+                return folder
+    raise AssertionError("there is always another number")
+
+
+def _refuse_others(folder: Path, source: Mapping[str, Any], files: Sequence[str]) -> None:
+    if found := _of_others(folder, source, files):
+        raise UserError(f"--out {folder} holds {found}: choose another --out")
+
+
+def _of_others(folder: Path, source: Mapping[str, Any], files: Sequence[str]) -> str | None:
+    """What a folder holds that would be written over and is not of this evaluation.
+
+    Raises:
+        UserError: that cannot be known.
+    """
     try:
-        return bool(json.loads((folder / REPORT_FILE).read_text())["source"] != source)
+        report = (folder / REPORT_FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
-        return False
-    except (OSError, ValueError, TypeError, KeyError):
-        return True
+        foreign = [name for name in files if (folder / name).exists()]
+        return f"a {foreign[0]} that is not of a report" if foreign else None
+    except UnicodeDecodeError:
+        report = ""
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be used for the report ({error.strerror}): choose another --out"
+        ) from error
+    with suppress(ValueError, TypeError, KeyError):
+        if json.loads(report)["source"] == source:
+            return None
+    return "the report of other images, or of these before they changed"

@@ -74,11 +74,14 @@ def parse_timesteps(text: str) -> tuple[float, ...]:
     """Times from a list with commas.
 
     Raises:
-        ValueError: one is not a number from 0 to 1.
+        ValueError: one is not a number from 0 to 1, or two differ only where no table shows it.
     """
     timesteps = tuple(float(part) for part in text.split(","))
     if not all(0 <= timestep <= 1 for timestep in timesteps):
         raise ValueError(f"timesteps are 0 … 1, not {text}")
+    shown = {f"{timestep:g}" for timestep in timesteps}
+    if len(shown) < len(set(timesteps)):
+        raise ValueError(f"two timesteps of {text} are equal in six digits: leave one out")
     return timesteps
 
 

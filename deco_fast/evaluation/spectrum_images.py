@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from deco_fast.data.digits import DigitsDataset
 from deco_fast.data.folder import FolderImages
-from deco_fast.data.images import ImageDataset
 from deco_fast.data.loader import LabelledImages
 from deco_fast.data.transforms import normalise
 from deco_fast.errors import UserError
@@ -23,12 +23,25 @@ DIGITS = "digits"
 class SpectrumImages:
     """Images of one size with labels, or with the null class where they have none.
 
+    Args:
+        images: with labels, or a folder's.
+        null: the null class.
+        labelled: whether the labels are the model's classes.
+        labels: (images,) int64, of a folder's images.
+
     Attributes:
         labelling: which labels they have, for people.
     """
 
-    def __init__(self, images: LabelledImages | FolderOfImages, null: int, labelled: bool) -> None:
+    def __init__(
+        self,
+        images: LabelledImages | FolderOfImages,
+        null: int,
+        labelled: bool,
+        labels: Tensor | None = None,
+    ) -> None:
         self._images, self._null, self._labelled = images, null, labelled
+        self._labels = torch.full((len(images),), null) if labels is None else labels
         self.labelling = "with their labels" if labelled else "with the null class"
 
     def __len__(self) -> int:
@@ -42,15 +55,17 @@ class SpectrumImages:
         """
         numbers = [place * len(self) // count for place in range(count)]
         if isinstance(self._images, FolderOfImages):
-            for images in self._images.batches(numbers, batch_size):
-                yield LabelledBatch(normalise(images), torch.full((len(images),), self._null))
+            labels_of_batches = self._labels[numbers].split(batch_size)
+            batches = self._images.batches(numbers, batch_size)
+            for images, labels in zip(batches, labels_of_batches, strict=True):
+                yield LabelledBatch(normalise(images), labels)
             return
         for first in range(0, count, batch_size):
             pairs = [self._images[number] for number in numbers[first : first + batch_size]]
             images = torch.stack([image for image, _ in pairs])
-            labels = [label if self._labelled else self._null for _, label in pairs]
+            known = [label if self._labelled else self._null for _, label in pairs]
             pixels = normalise(images) if images.dtype == torch.uint8 else images
-            yield LabelledBatch(pixels, torch.tensor(labels))
+            yield LabelledBatch(pixels, torch.tensor(known))
 
 
 def open_labelled(name: str, height: int, width: int, num_classes: int) -> SpectrumImages:
@@ -74,6 +89,8 @@ def open_labelled(name: str, height: int, width: int, num_classes: int) -> Spect
     if not path.is_dir():
         raise UserError(f"--images {name} is no folder: name one, or {DIGITS}")
     if sum(entry.is_dir() and entry.name[0] != "." for entry in path.iterdir()) == num_classes:
-        classes = ImageDataset(FolderImages(path), height, width)
-        return SpectrumImages(classes, num_classes, labelled=True)
+        classes = FolderImages(path)
+        files = [classes.path(number) for number in range(len(classes.names))]
+        images = FolderOfImages(path, (height, width), files)
+        return SpectrumImages(images, num_classes, labelled=True, labels=classes.labels)
     return SpectrumImages(FolderOfImages(path, (height, width)), num_classes, labelled=False)

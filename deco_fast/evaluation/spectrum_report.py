@@ -10,6 +10,9 @@ from deco_fast.checkpoint.atomic import atomic_file
 from deco_fast.evaluation.figures import new_figure, plain, save_figure
 from deco_fast.evaluation.spectrum import DIT_OUTPUT, TRUE_VELOCITY, VELOCITY, Spectrum
 
+TRUE = "true"
+"""What the true velocity is called beside the models."""
+
 _COLUMNS = ("model", "signal", "timestep", "frequency", "energy", "share")
 _TITLES = {DIT_OUTPUT: "DiT output", VELOCITY: "pixel velocity"}
 
@@ -55,11 +58,11 @@ def draw_spectra(spectra: Sequence[Spectrum], paths: Sequence[Path]) -> None:
                         spectrum.share.numpy(),
                         color=f"C{models.index(spectrum.model)}",
                         linewidth=1.3,
-                        label=plain(spectrum.model),
+                        label=_label(spectrum.model),
                     )
                 elif signal == VELOCITY and spectrum.signal == TRUE_VELOCITY:
                     axes.semilogy(
-                        spectrum.share.numpy(), "--", color="0.6", linewidth=1, label="true"
+                        spectrum.share.numpy(), "--", color="0.6", linewidth=1, label=TRUE
                     )
             axes.set_title(f"{_TITLES[signal]}, t = {timestep:g}", fontsize=9)
             axes.grid(alpha=0.3)
@@ -70,10 +73,15 @@ def draw_spectra(spectra: Sequence[Spectrum], paths: Sequence[Path]) -> None:
     save_figure(figure, paths)
 
 
+def _label(name: str) -> str:
+    # A label that begins with "_" has no place in a legend.
+    return plain(f" {name}" if name.startswith("_") else name)
+
+
 def high_share_lines(spectra: Sequence[Spectrum]) -> list[str]:
     """A table for people: what share the upper half of the frequencies has, by time."""
     timesteps = sorted({spectrum.timestep for spectrum in spectra})
-    found = {(s.model or "true", s.signal, s.timestep): s.high_share for s in spectra}
+    found = {(s.model or TRUE, s.signal, s.timestep): s.high_share for s in spectra}
     names = list(dict.fromkeys((model, signal) for model, signal, _ in found))
     titles = [f"{_TITLES.get(signal, 'pixel velocity')}, {model}" for model, signal in names]
     width = max(map(len, titles))

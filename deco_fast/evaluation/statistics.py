@@ -23,6 +23,9 @@ _SPATIAL = ("mu_s", "sigma_s")
 _ROWS = "pool_features"
 _NOTE = "deco_fast"
 
+# Of the largest value: in half precision three digits are kept.
+_ROUNDING = 1e-3
+
 
 @dataclass(frozen=True)
 class SetStatistics:
@@ -97,7 +100,7 @@ def load_statistics(path: Path, extractor: FeatureExtractor) -> SetStatistics:
             count = note.get("count")
             pooled = _moments(file, _POOLED, count)
             spatial = _moments(file, _SPATIAL, count) if _SPATIAL[0] in file else None
-            rows = torch.from_numpy(file[_ROWS]) if _ROWS in file else None
+            rows = _rows(file, pooled.size) if _ROWS in file else None
             size = None if (sides := note.get("size")) is None else (int(sides[0]), int(sides[1]))
     except UserError:
         raise
@@ -109,11 +112,33 @@ def load_statistics(path: Path, extractor: FeatureExtractor) -> SetStatistics:
 
 
 def _moments(file: Any, names: tuple[str, str], count: int | None) -> Moments:
-    mean, covariance = (torch.from_numpy(file[name]) for name in names)
+    mean, covariance = (_real(file, name).double() for name in names)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(f"{names[0]} is {tuple(mean.shape)}, {names[1]} {tuple(covariance.shape)}")
+    tolerance = _ROUNDING * covariance.abs().max()
+    if (covariance - covariance.T).abs().max() > tolerance:
+        raise ValueError(f"{names[1]} is not symmetric")
+    if torch.linalg.eigvalsh(covariance)[0] < -(len(mean) ** 0.5) * tolerance:
+        raise ValueError(f"{names[1]} has negative eigenvalues, as no covariance")
     # The number of images only undoes the divisor that it was divided by.
     return Moments.of(mean, covariance, count or 2)
+
+
+def _rows(file: Any, size: int) -> Tensor:
+    rows = _real(file, _ROWS)
+    if rows.ndim != 2 or rows.shape[1] != size:
+        raise ValueError(f"{_ROWS} is {tuple(rows.shape)}, of {size} features")
+    return rows.float()
+
+
+def _real(file: Any, name: str) -> Tensor:
+    """A numeric array, finite and not empty."""
+    array = file[name]
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{name} is {array.dtype}")
+    if not array.size or not np.isfinite(array).all():
+        raise ValueError(f"{name} is {'not finite' if array.size else 'empty'}")
+    return torch.from_numpy(array)
 
 
 def _check(path: Path, note: dict[str, Any], extractor: FeatureExtractor) -> None:

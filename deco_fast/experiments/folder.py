@@ -9,7 +9,7 @@ from typing import NamedTuple
 from deco_fast import __version__
 from deco_fast.checkpoint.atomic import atomic_file
 from deco_fast.errors import UserError
-from deco_fast.experiments.suite import DATASET, PlannedRun
+from deco_fast.experiments.suite import DATASET, PlannedRun, Row, run_name
 
 CSV_FILE = "results.csv"
 MARKDOWN_FILE = "results.md"
@@ -40,6 +40,13 @@ class SuiteFolder(NamedTuple):
     def run(self, run: PlannedRun) -> Path:
         """The run folder of a training, as train.py makes it."""
         return self.path / _RUNS / run.name
+
+    def seeds(self, row: Row) -> list[int]:
+        """From which a row has been trained here, the smallest first."""
+        runs = self.path / _RUNS
+        begin = run_name(row, "")
+        ends = (path.name.removeprefix(begin) for path in runs.glob(f"{begin}*"))
+        return sorted(int(end) for end in ends if end.isdecimal())
 
     @property
     def evaluations(self) -> Path:

@@ -15,6 +15,7 @@ from torch import Tensor
 from deco_fast.checkpoint.atomic import atomic_file
 from deco_fast.config import RunConfig
 from deco_fast.data.shards.locate import find_shards
+from deco_fast.errors import UserError
 from deco_fast.evaluation.extractors import FeatureExtractor
 from deco_fast.evaluation.fingerprint import files_fingerprint
 from deco_fast.evaluation.image_sets import ImageSet
@@ -159,7 +160,13 @@ def suite_reference(
     note = {"identity": identity, "rows": keep_rows, "extractor": extractor.fingerprint}
     kept = processes.from_main(_read_note(folder / NOTE_FILE, note) if processes.is_main else None)
     if kept is not None:
-        statistics = load_statistics(folder / STATISTICS_FILE, extractor)
+        try:
+            statistics = load_statistics(folder / STATISTICS_FILE, extractor)
+        except UserError as error:
+            raise UserError(
+                f"{folder / STATISTICS_FILE}, where the suite keeps its reference, is damaged: "
+                "delete it, and it is made again"
+            ) from error
         listed = kept["energy"]
         energy = None if listed is None else torch.tensor(listed, dtype=torch.float64)
         return Reference(identity, statistics, energy)

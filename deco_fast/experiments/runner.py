@@ -36,19 +36,17 @@ from deco_fast.experiments.reference import (
     shuffled,
     suite_reference,
 )
-from deco_fast.experiments.suite import DATASET, Evaluation, PlannedRun, Suite
+from deco_fast.experiments.suite import DATASET, REAL_IMAGES, Evaluation, PlannedRun, Suite
 from deco_fast.experiments.table import RunResult, write_tables
-from deco_fast.experiments.values import KeptValues
+from deco_fast.experiments.values import KeptValues, is_evaluated
 from deco_fast.models.config import class_config
+from deco_fast.models.network import DeCoNetwork
 from deco_fast.sampling.engine import SamplingEngine
 from deco_fast.sampling.run import draw, labels_for
 from deco_fast.training.distributed import Processes
 from deco_fast.training.initial import InitialWeights, open_initial_weights
 from deco_fast.training.run_folder import RunFolder
 from deco_fast.training.trainer import Trainer
-
-REAL_IMAGES = "real images"
-"""The name of the row with as many real images as were drawn, themselves among the reference."""
 
 
 def run_suite(
@@ -57,15 +55,18 @@ def run_suite(
     folder: Path,
     processes: Processes,
     say: Callable[[str], None],
+    table: Sequence[PlannedRun] | None = None,
 ) -> int:
     """Do what is left to do of a suite.
 
     Args:
-        suite: how to evaluate.
-        runs: from `plan`.
+        suite: how to evaluate, and the rows of the table.
+        runs: from `plan`, those to do.
         folder: the suite's.
         processes: this process among those that share the work.
         say: tells people.
+        table: all runs of the table in its order, of which those that are not to be done stand in
+            it where they have finished; None is those to do.
 
     Returns:
         0, or 128 + the number of the signal that asked to stop; the same call then goes on.
@@ -82,20 +83,36 @@ def run_suite(
     say(f"reference: {evaluation.reference}")
     reference = suite_reference(evaluation, runs[0].config, extractor, folder, processes)
     _rehearse(evaluation, runs[0], extractor, reference, processes)
-    results = []
+    real = []
     if evaluation.reference == DATASET:
-        results.append(_real_images(evaluation, runs[0], extractor, reference, where, processes))
+        real.append(_real_images(evaluation, runs[0], extractor, reference, where, processes))
     keep_compiled_code()
+    table = runs if table is None else table
+    results: dict[str, RunResult] = {}
+
+    def add_finished() -> None:
+        for run in table:
+            if run.name not in results and is_evaluated(where.evaluations, run.name, evaluation):
+                found = _finished(run, evaluation, extractor, reference, where)
+                results.update({} if found is None else {run.name: found})
+
+    if processes.is_main:
+        add_finished()
     for number, run in enumerate(runs, start=1):
         title = f"[{number}/{len(runs)}] {run.row.name}, seed {run.seed}"
-        status = _train(run, where.run(run), processes, title, say)
-        if status is not None:
-            return status
-        found = _evaluate(run, evaluation, extractor, reference, where, processes)
+        found = processes.from_main(results.get(run.name))
+        if found is None:
+            status = _train(run, where.run(run), processes, title, say)
+            if status is not None:
+                return status
+            found = _evaluate(run, evaluation, extractor, reference, where, processes)
         say(f"{title}: {_listed(found.values)}")
-        results.append(found)
+        results[run.name] = found
         if processes.is_main:
-            write_tables(suite, results, len(runs), folder)
+            add_finished()  # by others meanwhile
+            listed = [results[run.name] for run in table if run.name in results]
+            planned = len(results.keys() | {run.name for run in runs})
+            write_tables(suite, [*real, *listed], planned, folder)
     return 0
 
 
@@ -111,6 +128,11 @@ def _rehearse(
     Raises:
         UserError: it is not.
     """
+    if evaluation.num < processes.world_size:
+        raise UserError(
+            f"--num {evaluation.num} is less than an image for each of the "
+            f"{processes.world_size} processes: draw more, or start fewer"
+        )
     few = shuffled(run.config, max(NEIGHBOURS + 1, processes.world_size), seed=0)
     found = evaluate_images(few, extractor, processes)
     drawn = dataclasses.replace(found, count=evaluation.num)
@@ -165,18 +187,9 @@ def _evaluate(
     processes: Processes,
 ) -> RunResult:
     """Draw and compare, or read what was found before."""
-    checkpoint = RunFolder(where.run(run), run.config).newest_checkpoint()
-    if checkpoint is None:
-        raise UserError(f"{where.run(run)} has finished and has no complete checkpoint: delete it")
-    model = load_checkpoint(checkpoint, "ema", processes.device)
+    checkpoint, model = _load(run, where, processes.device)
     assert model.card is not None
-    source = {
-        "weights_checksum": weights_checksum(model),
-        "evaluation": evaluation.model_dump(mode="json"),
-        "extractor": extractor.fingerprint,
-        "reference": reference.identity,
-    }
-    kept = KeptValues(where.evaluations, run.name, source)
+    kept = _kept(run, model, evaluation, extractor, reference, where)
     values = processes.from_main(kept.read() if processes.is_main else None)
     if values is None:
         labels = labels_for(evaluation.num, class_config(model.config, checkpoint).num_classes)
@@ -208,6 +221,52 @@ def _evaluate(
             values["dit_high_share"] = sum(shares) / len(shares)
         if processes.is_main:
             kept.write(values)
+    return _result(run, model, values)
+
+
+def _finished(
+    run: PlannedRun,
+    evaluation: Evaluation,
+    extractor: FeatureExtractor,
+    reference: Reference,
+    where: SuiteFolder,
+) -> RunResult | None:
+    """What was found before of a run that has finished."""
+    try:
+        if not RunFolder(where.run(run), run.config).finished:
+            return None
+        _, model = _load(run, where, torch.device("cpu"))
+    except UserError:  # damaged, which is told when it is this one's turn
+        return None
+    values = _kept(run, model, evaluation, extractor, reference, where).read()
+    return None if values is None else _result(run, model, values)
+
+
+def _load(run: PlannedRun, where: SuiteFolder, device: torch.device) -> tuple[Path, DeCoNetwork]:
+    checkpoint = RunFolder(where.run(run), run.config).newest_checkpoint()
+    if checkpoint is None:
+        raise UserError(f"{where.run(run)} has finished and has no complete checkpoint: delete it")
+    return checkpoint, load_checkpoint(checkpoint, "ema", device)
+
+
+def _kept(
+    run: PlannedRun,
+    model: DeCoNetwork,
+    evaluation: Evaluation,
+    extractor: FeatureExtractor,
+    reference: Reference,
+    where: SuiteFolder,
+) -> KeptValues:
+    source = {
+        "weights_checksum": weights_checksum(model),
+        "evaluation": evaluation.model_dump(mode="json"),
+        "extractor": extractor.fingerprint,
+        "reference": reference.identity,
+    }
+    return KeptValues(where.evaluations, run.name, source)
+
+
+def _result(run: PlannedRun, model: DeCoNetwork, values: Mapping[str, float]) -> RunResult:
     return RunResult(run.row.name, run.seed, sum(p.numel() for p in model.parameters()), values)
 
 

@@ -20,6 +20,9 @@ from deco_fast.resources import config_folder
 DATASET = "dataset"
 """As a reference: the images that the runs are trained on."""
 
+REAL_IMAGES = "real images"
+"""The name of the row with as many real images as were drawn, themselves among the reference."""
+
 # What has to be equal for a comparison on equal terms, besides the seed.
 _EQUAL = (
     "training.steps",
@@ -187,7 +190,7 @@ def plan(suite: Suite, overrides: Overrides | None = None) -> list[PlannedRun]:
     runs = []
     for seed in suite.seeds:
         for row in suite.rows:
-            name = f"{slug(row.name)}-seed{seed}"
+            name = run_name(row, seed)
             values = {
                 **suite.overrides,
                 **row.overrides,
@@ -203,6 +206,11 @@ def plan(suite: Suite, overrides: Overrides | None = None) -> list[PlannedRun]:
             runs.append(PlannedRun(row, seed, name, config))
     _check_equal(suite, runs)
     return runs
+
+
+def run_name(row: Row, seed: int | str) -> str:
+    """Of the folder of a row's run; with an empty seed how those of all its runs begin."""
+    return f"{slug(row.name)}-seed{seed}"
 
 
 def slug(name: str) -> str:
@@ -235,6 +243,10 @@ def _check(suite: Suite, path: Path) -> None:
         if not slug(row.name):
             raise UserError(
                 f"{path}: row '{row.name}' has no letters or digits for a file name: rename it"
+            )
+        if slug(row.name) == slug(REAL_IMAGES):
+            raise UserError(
+                f"{path}: row '{row.name}' is called as that of the real images: rename it"
             )
     for name in slugs:
         if slugs.count(name) > 1:

@@ -88,11 +88,12 @@ def markdown(
     lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
     for row, group in _groups(results).items():
         parameters = group[0].parameters
-        cells = [row, f"{parameters:,}" if parameters else "", str(len(group))]
+        cells = [row.replace("|", r"\|"), f"{parameters:,}" if parameters else "", str(len(group))]
         cells += [_spread([r.values[name] for r in group if name in r.values]) for name in metrics]
         found = papers.get(row, {})
         cells += [f"{found[name]:g}" if name in found else "" for name in with_paper]
         lines.append(f"| {' | '.join(cells)} |")
+    seeds = dict.fromkeys(result.seed for result in results if result.parameters is not None)
     trained = sum(result.parameters is not None for result in results)
     evaluation = suite.evaluation
     # The description is a folded text of its own; what follows is what a reader has to know.
@@ -104,7 +105,7 @@ def markdown(
         *lines,
         "",
         f"{trained} of {planned} runs; mean ± standard deviation over the seeds "
-        f"({', '.join(map(str, suite.seeds))}). "
+        f"({', '.join(map(str, seeds))}). "
         f"{evaluation.num:,} images each, drawn with the averaged weights, in the features of "
         f"{evaluation.features}; reference: {evaluation.reference}.",
         "",
