@@ -608,6 +608,28 @@ def test_the_guard_stops_updates_on_the_device() -> None:
     assert optimizer.state[weight]["step"] == 103
 
 
+def test_a_run_that_goes_on_knows_what_a_usual_loss_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guards: list[LossGuard] = []
+    check = LossGuard.check
+
+    def noted(self: LossGuard, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        guards.append(self)
+        check(self, loss, norm)
+
+    monkeypatch.setattr(LossGuard, "check", noted)
+    folder = tmp_path / "run"
+    assert run(folder, 6, "--output.checkpoint_every=3") == 0
+    (folder / "finished").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    assert run(folder, 6, "--output.checkpoint_every=3") == 0
+    whole, resumed = guards[0].state_dict(), guards[-1].state_dict()
+    assert len(guards) == 6 + 3 and guards[0] is not guards[-1]
+    assert whole["steps"] == resumed["steps"] == 6
+    assert torch.equal(whole["mean"], resumed["mean"])
+
+
 @pytest.mark.parametrize(("loss", "norm"), [(float("inf"), 1.0), (1.0, float("nan"))])
 def test_the_guard_looks_for_numbers_from_the_first_step_on(loss: float, norm: float) -> None:
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))], fused=True)

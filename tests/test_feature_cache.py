@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,6 +173,26 @@ def test_features_are_the_same_with_and_without_their_cache(tmp_path: Path) -> N
     assert again.dtype == torch.float32
     assert torch.equal(again, computed.half().float())
     assert "100% filled" in cached.describe()
+
+
+def test_an_image_that_stands_in_for_a_damaged_one_is_not_kept(tmp_path: Path) -> None:
+    """Nor are the features read that the damaged one had: they are not those of these pixels."""
+    damaged = torch.zeros(COUNT // 2, dtype=torch.bool).share_memory_()
+    images, stand_in = torch.rand(2, 1, 3, 8, 8)
+    last = COUNT - 1  # the mirror image of the last one
+    encoder: Any = CountingEncoder()
+    expected = Features(encoder, cache_in(tmp_path))(images, torch.tensor([last]))
+    cached = Features(encoder, cache_in(tmp_path / "other"), damaged)
+    damaged[-1] = True
+    other = cached(stand_in, torch.tensor([last]))
+    assert not torch.equal(other, expected)
+    assert cached.cache is not None and cached.cache.filled == 0
+    damaged[-1] = False
+    assert torch.equal(cached(images, torch.tensor([last])), expected)
+    cached.flush()
+    assert cached.cache.filled == 1
+    damaged[-1] = True
+    assert torch.equal(cached(stand_in, torch.tensor([last])), other)
 
 
 def test_a_damaged_cache_is_computed_anew(tmp_path: Path) -> None:

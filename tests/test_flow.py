@@ -168,7 +168,5 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
 
 def test_images_of_integers_are_refused() -> None:
     noise = torch.randn(2, 3, 4, 4)
-    with pytest.raises(
-        ValueError, match=r"floating-point numbers .*, not torch\.uint8"
-    ):
+    with pytest.raises(ValueError, match=r"floating-point numbers .*, not torch\.uint8"):
         interpolate(noise.to(torch.uint8), noise, torch.rand(2))

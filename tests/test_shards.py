@@ -280,6 +280,25 @@ def test_a_damaged_header_costs_one_sample(shards: Path) -> None:
     assert dataset.source.lost_images == 1
 
 
+def test_images_whose_names_have_dots_are_counted_one_by_one(tmp_path: Path) -> None:
+    members = [*sample("plain", 0, 0), *sample("frame.0", 10, 1), *sample("frame.1", 20, 2)]
+    write_tar(tmp_path / "set/0.tar", members)
+    dataset = opened(tmp_path / "set")
+    assert shades(dataset) == [0]
+    assert dataset.source.lost_images == 2
+    assert dataset.damage.names() == [
+        "0.tar/frame: no image, but .0.png: the name of an image has one dot, before its ending"
+    ]
+    with pytest.raises(UserError, match="of 3"):
+        opened(tmp_path / "set", limit=0.5)
+
+
+def test_a_tilde_is_the_home_folder(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(shards.parent))
+    monkeypatch.setenv("USERPROFILE", str(shards.parent))
+    assert find_shards(f"~/{shards.name}") == find_shards(str(shards))
+
+
 @pytest.mark.parametrize("cut", ["in an image", "between samples", "in a header"])
 def test_a_truncated_shard_gives_what_is_left(shards: Path, cut: str) -> None:
     path = shards / "train-001.tar"

@@ -411,7 +411,14 @@ def test_without_a_compiler_a_compiled_run_says_so(tmp_path: Path) -> None:
         (["--config=deco-digit"], "did you mean 'deco-digits'"),
         (["--dry-run", "--max-time=soon"], "--max-time soon is no duration"),
         (["--dry-run", "--device=tpu9"], "unknown device"),
-        (["--dry-run", "--init-from=nowhere"], "nowhere does not exist"),
+        (
+            ["--dry-run", "--init-from=nowhere"],
+            "nowhere does not exist: check the path; for an estimate without them --init-from none",
+        ),
+        (
+            ["--dry-run", "--training.batch_size=10", "--training.gradient_accumulation=3"],
+            "training.batch_size 10 is not a multiple of 1 processes × 3",
+        ),
         (["--dryrun"], "unknown option '--dryrun'; did you mean '--dry-run'"),
         (["--config"], "--config"),
         (["--model.depht=3"], "did you mean 'model.depth'"),

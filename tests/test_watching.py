@@ -88,10 +88,15 @@ def test_wandb_takes_what_tensorboard_gets(tmp_path: Path, monkeypatch: pytest.M
         return SimpleNamespace(finish=lambda exit_code: ended.append(exit_code))
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    assert run(tmp_path / "run", "--output.wandb_project=deco") == 0
-    (options,) = begun
-    assert options["project"] == "deco" and options["id"] == "run" and options["sync_tensorboard"]
-    assert ended == [0]
+    for folder, steps in (("a/run", 2), ("a/run", 4), ("b/run", 2)):
+        more = (f"--training.steps={steps}", "--training.schedule=constant")
+        assert run(tmp_path / folder, "--output.wandb_project=deco", *more) == 0
+    assert all(o["project"] == "deco" and o["sync_tensorboard"] for o in begun)
+    # A run that goes on does so in the same place, and no other run does.
+    first, again, other = (str(options["id"]) for options in begun)
+    assert first == again != other
+    assert first.startswith("run-") and other.startswith("run-")
+    assert ended == [0, 0, 0]
 
 
 def test_wandb_that_is_not_installed(

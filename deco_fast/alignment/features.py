@@ -29,11 +29,16 @@ class Features:
     Args:
         encoder: on the device of the training.
         cache: of the data set's samples.
+        damaged: (images,) bool in shared memory, set by the loader before a batch comes: others
+            stand in for these images, whose features are theirs no more than the pixels are.
     """
 
-    def __init__(self, encoder: DINOv2, cache: FeatureCache | None = None) -> None:
+    def __init__(
+        self, encoder: DINOv2, cache: FeatureCache | None = None, damaged: Tensor | None = None
+    ) -> None:
         self.encoder = encoder
         self.cache = cache
+        self._damaged = damaged
         self._readers = ThreadPoolExecutor(_READERS) if cache is not None else None
         self._writer = ThreadPoolExecutor(1) if cache is not None else None
         self._writing: Future[None] | None = None
@@ -53,15 +58,17 @@ class Features:
         if self.cache is None or self._readers is None:
             return self.encoder(images)
         numbers = indices.tolist()
-        known = list(self._readers.map(self.cache.read, numbers))
+        kept = [self._is_kept(number) for number in numbers]
+        known = list(self._readers.map(self._read, numbers, kept))
         found = [entry for entry in known if entry is not None]
         if len(found) == len(known):
             return to_device(torch.stack(found), images.device).float()
         # All of them: another batch size would be compiled anew.
         features = self.encoder(images).to(DTYPE)
-        missing = [i for i, entry in enumerate(known) if entry is None]
-        rows = to_device(torch.tensor(missing), images.device)
-        self._write([numbers[i] for i in missing], features[rows])
+        missing = [i for i, entry in enumerate(known) if entry is None and kept[i]]
+        if missing:
+            rows = to_device(torch.tensor(missing), images.device)
+            self._write([numbers[i] for i in missing], features[rows])
         if found:
             present = torch.tensor([i for i, entry in enumerate(known) if entry is not None])
             rows = to_device(present, images.device)
@@ -88,6 +95,14 @@ class Features:
             f"{text}, features kept in {cache.path}: {cache.size / 2**30:.3g} GiB when full, "
             f"{cache.filled / cache.count:.0%} filled"
         )
+
+    def _is_kept(self, number: int) -> bool:
+        # A sample's mirror image comes after all images.
+        return self._damaged is None or not self._damaged[number % len(self._damaged)]
+
+    def _read(self, number: int, kept: bool) -> Tensor | None:
+        assert self.cache is not None
+        return self.cache.read(number) if kept else None
 
     def _write(self, numbers: Sequence[int], features: Tensor) -> None:
         assert self.cache is not None and self._writer is not None

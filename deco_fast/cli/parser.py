@@ -48,8 +48,11 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def to_path(text: str) -> Path:
-    """For `type=`: a path, which is not empty, as a variable that is not set would have it."""
-    return Path(not_empty(text))
+    """For `type=`: a path, which is not empty, as a variable that is not set would have it.
+
+    A shell leaves the ~ of `--out=~/runs` to us.
+    """
+    return Path(not_empty(text)).expanduser()
 
 
 def not_empty(text: str) -> str:

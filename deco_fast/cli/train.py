@@ -114,14 +114,19 @@ def _run(trainer: Trainer, initial: InitialWeights | None, say: Callable[[str], 
 
 
 def _dry_run(config: RunConfig, path: Path) -> int:
+    from deco_fast.training.step import micro_batch_size
+
     training = config.training
     if training.init_from is not None:
         from deco_fast.training.initial import open_initial_weights
 
-        open_initial_weights(training.init_from, config.model)
+        try:
+            open_initial_weights(training.init_from, config.model)
+        except UserError as error:
+            raise UserError(f"{error}; for an estimate without them --init-from none") from error
     print(config.to_yaml(), end="")
     print(f"\nrun folder          {path}")
-    print(estimate(config).describe(training.batch_size // training.gradient_accumulation))
+    print(estimate(config).describe(micro_batch_size(config)))
     return 0
 
 

@@ -105,7 +105,7 @@ class FolderCaptions:
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
         self.description = str(root)
         if not self.root.is_dir():
             what = "is no folder" if self.root.exists() else "does not exist"

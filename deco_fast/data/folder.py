@@ -40,7 +40,7 @@ class FolderImages:
     lost_images = 0
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
         self.description = str(root)
         self.classes = _class_names(self.root)
         paths: list[bytes] = []

@@ -13,6 +13,7 @@ from deco_fast.config import RunConfig
 from deco_fast.models.build import build_network
 from deco_fast.models.config import DeCoT2IConfig
 from deco_fast.training.objective import Objective
+from deco_fast.training.parallel import recompute_activations
 from deco_fast.training.work import Work, count_work, empty_inputs, feature_size
 
 
@@ -66,7 +67,10 @@ def estimate(config: RunConfig) -> Estimate:
     """
     work = count_work(config)
     with FakeTensorMode(), ops.use_backend("reference"):
-        objective = Objective(build_network(config.model), config, feature_size(config))
+        network = build_network(config.model)
+        if config.training.recompute_activations:
+            recompute_activations(network)
+        objective = Objective(network, config, feature_size(config))
         once, twice = (_kept(objective, config, batch_size) for batch_size in (1, 2))
     text_bytes = 2 * QWEN3_PARAMETERS if isinstance(config.model, DeCoT2IConfig) else 0
     per_image = twice - once

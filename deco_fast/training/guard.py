@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,15 @@ class LossGuard:
         self._factor = factor
         self._steps = 0
         optimizer.found_inf = self.tripped  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a usual loss is, so that a run that goes on knows it: mean and steps."""
+        return {"mean": self._mean, "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self._mean.copy_(state["mean"])
+        self._steps = state["steps"]
 
     def check(self, loss: Tensor, gradient_norm: Tensor) -> None:
         """Look at a step, the same in all processes, before its update.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from deco_fast.config import RunConfig
 from deco_fast.errors import UserError
 from deco_fast.training.peaks import device_peak
+from deco_fast.training.run_folder import write_atomically
 from deco_fast.training.work import count_work
 
 try:
@@ -171,11 +173,15 @@ def _start_wandb(folder: Path, config: RunConfig) -> Any:
             "output.wandb_project is set and wandb is not installed: pip install "
             "'deco-fast[train]', or leave it out"
         ) from error
-    # It takes what TensorBoard is given; the id lets a resumed run go on in the same place.
+    # It lets a resumed run go on in the same place; folders of two runs may have one name.
+    identity = folder / "wandb_id"
+    if not identity.exists():
+        write_atomically(identity, f"{folder.resolve().name}-{secrets.token_hex(4)}\n")
+    # It takes what TensorBoard is given.
     return wandb.init(
         project=config.output.wandb_project,
         name=config.name,
-        id=folder.resolve().name,
+        id=identity.read_text(encoding="utf-8").strip(),
         resume="allow",
         dir=str(folder),
         config=config.model_dump(mode="json"),

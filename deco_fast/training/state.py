@@ -108,6 +108,7 @@ class CheckpointWriter:
             return
         weights = self._copy("weights", weights)
         optimizer = self._copy("optimizer", optimizer)
+        guard = self._copy("guard", training.guard.state_dict())
         if training.device.type == "cuda":
             torch.cuda.synchronize(training.device)
         state = {
@@ -115,6 +116,7 @@ class CheckpointWriter:
             "optimizer": optimizer,
             "loader": loader,
             "random": {"torch": torch.get_rng_state()},
+            "guard": guard,
             "world_size": training.processes.world_size,
             "encoder": _encoder(training),
             "text_encoder": _text_encoder(training),
@@ -287,6 +289,8 @@ def resume(training: TrainingStep, checkpoint: Path) -> dict[str, Any]:
         options = StateDictOptions(full_state_dict=True)
     set_optimizer_state_dict(training.objective, training.optimizer, optimizer, options=options)
     torch.set_rng_state(state["random"]["torch"])
+    if "guard" in state:  # not before 2026-11-28
+        training.guard.load_state_dict(state["guard"])
     return state
 
 

@@ -72,7 +72,7 @@ class TrainingStep:
         training = config.training
         self.config, self.processes = config, processes
         self.device = processes.device
-        self.micro_batch_size = _micro_batch_size(config, processes)
+        self.micro_batch_size = micro_batch_size(config, processes.world_size)
         torch.manual_seed(training.seed)
         self.model = build_network(config.model, config.card()).to(self.device)
         self.features = features
@@ -202,13 +202,18 @@ def learning_rate(config: RunConfig, step: int) -> float:
     return training.learning_rate * warmup * (1 + math.cos(math.pi * done)) / 2
 
 
-def _micro_batch_size(config: RunConfig, processes: Processes) -> int:
-    parts = processes.world_size * config.training.gradient_accumulation
+def micro_batch_size(config: RunConfig, world_size: int = 1) -> int:
+    """Images of a backward pass in each of so many processes.
+
+    Raises:
+        UserError: the batch cannot be shared evenly.
+    """
+    parts = world_size * config.training.gradient_accumulation
     size, rest = divmod(config.training.batch_size, parts)
     if rest or not size:
         raise UserError(
             f"training.batch_size {config.training.batch_size} is not a multiple of "
-            f"{processes.world_size} processes × {config.training.gradient_accumulation} "
+            f"{world_size} processes × {config.training.gradient_accumulation} "
             "backward passes per step: change training.batch_size"
         )
     return size

@@ -40,4 +40,5 @@ def open_features(config: RunConfig, dataset: LabelledImages, device: torch.devi
         limit = round(alignment.cache_gib * 2**30)
         shape = (tokens, encoder.feature_size)
         cache = FeatureCache(alignment.cache, identity, len(dataset), shape, limit)
-    return Features(encoder.to(device), cache)
+    damage = dataset.damage
+    return Features(encoder.to(device), cache, None if damage is None else damage.flags)

@@ -49,6 +49,7 @@ def _expand(specification: str) -> list[Path]:
         # random places.
         raise UserError(f"{specification}: shards must be local files: download them first")
     # Before the braces: they are valid in a folder's name.
+    specification = os.path.expanduser(specification)
     if os.path.isdir(specification):
         return _below(Path(specification))
     try:

@@ -91,7 +91,7 @@ class ShardImages:
             counts.append(len(images.names))
             unlabelled += images.unlabelled
             if index.damage is None:
-                lost_in_whole_shards += len(images.lost)
+                lost_in_whole_shards += images.lost_images
             else:
                 lost.append(f"{shard}: {index.damage}")
                 damaged.append(number)
@@ -183,10 +183,23 @@ class _Images:
         what = "caption" if captions else "label"
         endings = [b"." + os.fsencode(field) for field in index.fields]
         self.names = [prefix + index.keys[row] + endings[column[row]] for row in usable]
-        self.lost = [
-            f"{os.fsdecode(prefix + index.keys[row])}: no {what if has_image[row] else 'image'}"
-            for row in np.flatnonzero(~(has_image & has_label))
+        # Names with a dot in them have one key: frame.0.png and frame.1.png are of "frame".
+        dotted = [
+            place
+            for place, field in enumerate(index.fields)
+            if "." in field and field.rpartition(".")[2] in _IMAGE_FIELDS
         ]
+        within = (index.offsets[:, dotted] >= 0).sum(axis=1)
+        self.lost, self.lost_images = [], 0
+        for row in np.flatnonzero(~(has_image & has_label)):
+            reason = f"no {what if has_image[row] else 'image'}"
+            images = 1
+            if not has_image[row] and within[row]:
+                images = int(within[row])
+                field = index.fields[next(i for i in dotted if index.offsets[row, i] >= 0)]
+                reason += f", but .{field}: the name of an image has one dot, before its ending"
+            self.lost.append(f"{os.fsdecode(prefix + index.keys[row])}: {reason}")
+            self.lost_images += images
 
 
 def _first_of(index: ShardIndex, fields: Sequence[str]) -> np.ndarray:
