@@ -13,6 +13,7 @@ from deco_fast import ops
 from deco_fast.errors import UserError
 from deco_fast.kernels import registry
 from deco_fast.kernels.pixel_decoder import reference
+from deco_fast.kernels.pixel_decoder.folding import position_features
 from deco_fast.kernels.pixel_decoder.reference import (
     BlockParameters,
     PixelDecoderParameters,
@@ -131,6 +132,13 @@ def test_agrees_with_the_reference(shape: Shape, dtype: torch.dtype) -> None:
             # else too, is then at least as far off.
             tolerance = max(tolerance, relative_error(eager, expected))
         assert relative_error(result, expected) <= tolerance, f"output {index}"
+
+
+def test_constants_are_not_made_in_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call the pixel decoder once before you record it"):
+        position_features(4, torch.device("cuda"), "product")
+    assert position_features(4, torch.device("cpu"), "product").shape == (16, 64)
 
 
 def test_axial_position_features() -> None:

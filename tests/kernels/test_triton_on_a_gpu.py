@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deco_fast import ops
+from deco_fast.kernels.pixel_decoder.folding import position_features
 from deco_fast.kernels.pixel_decoder.reference import BlockParameters, PixelDecoderParameters
 from deco_fast.losses import frequency_table
 
@@ -183,6 +184,25 @@ class TestDecoder:
             velocity.zero_()
             graph.replay()
         assert torch.equal(velocity, expected)
+
+    def test_the_first_call_may_be_within_torchs_own_graphs(self) -> None:
+        problem = Problem(torch.bfloat16)
+        with torch.no_grad():
+            expected = problem.decode(problem.x, problem.tokens)
+            position_features.cache_clear()
+            compiled = torch.compile(problem.decode, fullgraph=True, mode="reduce-overhead")
+            for _ in range(3):  # as it is, for the recording, and replayed
+                assert torch.equal(compiled(problem.x, problem.tokens), expected)
+
+    def test_the_first_call_is_not_recorded(self) -> None:
+        problem = Problem(torch.bfloat16)
+        position_features.cache_clear()
+        with (
+            torch.no_grad(),
+            pytest.raises(RuntimeError, match="call the pixel decoder once before you record"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            problem.decode(problem.x, problem.tokens)
 
     def test_another_stream(self) -> None:
         problem = Problem(torch.bfloat16)
