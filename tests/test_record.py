@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -82,18 +81,30 @@ except KeyboardInterrupt:
 
 
 def test_what_a_piece_has_started_ends_with_it(tmp_path: Path) -> None:
-    pid = tmp_path / "pid"
-    child = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    fcntl = pytest.importorskip("fcntl", reason="Windows has no such locks")
+    held, ready = tmp_path / "held", tmp_path / "ready"
+    child = f"""
+import fcntl, time
+file = open({str(held)!r}, "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+open({str(ready)!r}, "w").close()
+time.sleep(600)
+"""
     starts = f"""
 import os, subprocess, sys
 process = subprocess.Popen([sys.executable, "-c", {child!r}])
-while not os.path.exists({str(pid)!r}) or not open({str(pid)!r}).read(): pass
+while not os.path.exists({str(ready)!r}): pass
 """
     assert run_piece(script("starts", starts), tmp_path, 60) == 0
-    with pytest.raises(ProcessLookupError):
-        for _ in range(600):  # the kernel may take a moment, and init to reap it
-            os.kill(int(pid.read_text()), 0)
-            time.sleep(0.1)
+    with held.open("r+") as file:
+        deadline = time.monotonic() + 60
+        while True:  # a process that was killed gives its lock back a moment later
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
 
 
 def test_a_folder_is_of_one_commit(
