@@ -13,7 +13,6 @@ from deco_fast.config import RunConfig
 from deco_fast.models.build import build_network
 from deco_fast.models.config import DeCoT2IConfig
 from deco_fast.training.objective import Objective
-from deco_fast.training.parallel import recompute_activations
 from deco_fast.training.work import Work, count_work, empty_inputs, feature_size
 
 
@@ -65,6 +64,9 @@ def estimate(config: RunConfig) -> Estimate:
 
     That is for the reference ops in eager mode; the fused ones keep less.
     """
+    # Imports torch's compiler, which other commands do without.
+    from deco_fast.training.parallel import recompute_activations
+
     work = count_work(config)
     with FakeTensorMode(), ops.use_backend("reference"):
         network = build_network(config.model)
