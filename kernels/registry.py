@@ -17,8 +17,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -139,16 +138,15 @@ _implementations, _absent = _load()
 _forced: str | None = os.environ.get("DECO_BACKEND") or None
 
 
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """One `with use_backend(…)` that is being executed."""
+_forced_outside = _forced
+_blocks: dict[int, str] = {}
+"""The backend of each `with use_backend(…)` that is being executed, by its number."""
+_lock = threading.Lock()
 
-    backend: str
 
-
-_blocks: list[_Block] = []
-_forced_outside = _forced  # of all blocks
-_entering = threading.Lock()
+def _changing() -> AbstractContextManager[object]:
+    # The compiler cannot trace a lock, and traces in one thread.
+    return nullcontext() if torch.compiler.is_compiling() else _lock
 
 
 def _check_name(backend: str, origin: str) -> None:
@@ -248,16 +246,15 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _forced, _forced_outside
     _check_name(name, "use_backend")
-    block = _Block(name)
-    with _entering:
+    with _changing():
         if not _blocks:
             _forced_outside = _forced
-        _blocks.append(block)
-        _forced = name
+        number = max(_blocks, default=0) + 1
+        _blocks[number] = _forced = name
     try:
         yield
     finally:
-        with _entering:
+        with _changing():
             # Not always the last one: another thread may have entered one since.
-            _blocks.remove(block)
-            _forced = _blocks[-1].backend if _blocks else _forced_outside
+            del _blocks[number]
+            _forced = _blocks[max(_blocks)] if _blocks else _forced_outside

@@ -154,6 +154,18 @@ def test_blocks_of_use_backend_may_end_in_any_order() -> None:
     assert registry._forced is None
 
 
+def test_a_compiled_function_may_hold_the_block() -> None:
+    def backend_of(x: torch.Tensor) -> torch.Tensor:
+        with ops.use_backend("reference"):
+            forced = registry._forced == "reference"
+        return x + (1 if forced and registry._forced is None else 0)
+
+    compiled = torch.compile(backend_of, fullgraph=True, backend="eager")
+    for _ in range(2):
+        assert compiled(torch.zeros(1)) == 1
+    assert registry._forced is None and not registry._blocks
+
+
 def test_forcing_what_is_absent_names_op_backend_reason_and_remedy(
     monkeypatch: pytest.MonkeyPatch, parameters: PixelDecoderParameters
 ) -> None:

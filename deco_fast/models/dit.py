@@ -15,7 +15,8 @@ from deco_fast.models.plain import is_plain, plain
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) · w3 x), without biases (B.3).
 
-    One op, which reads the weights, unless a layer was replaced or has hooks."""
+    One op, which reads the weights, unless a layer was replaced or has hooks.
+    """
 
     def __init__(self, hidden_size: int, inner_size: int) -> None:
         super().__init__()
