@@ -35,6 +35,7 @@ from benchmarks.models import ModelTable, describe_models
 from benchmarks.profile_step import describe_profile
 from benchmarks.report import describe_comparison, describe_machine
 from deco_fast.errors import UserError, run_command
+from deco_fast.sampling.writers import check_writable
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECE_SECONDS = 570
@@ -305,7 +306,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run what has not passed yet; 1 if a piece fails or is left over.
 
     Raises:
-        UserError: there is no GPU, or no such piece, or OUT is of another commit or device.
+        UserError: there is no GPU, or no such piece, or OUT cannot be written, or is of another
+            commit or device.
     """
     options = _options(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -316,6 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.only or ():
         if name not in names:
             raise UserError(f"--only {name}: there is no such piece; choose {', '.join(names)}")
+    check_writable(out, "OUT")
     out.mkdir(parents=True, exist_ok=True)
     _claim(out, options.device)
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")

@@ -345,6 +345,8 @@ def test_a_missing_path_suggests_the_nearest(folder: Path) -> None:
         load_checkpoint(folder / "ema.safetensor")
     with pytest.raises(UserError, match="does not exist: check the path"):
         load_checkpoint(folder / "xyz")
+    with pytest.raises(UserError, match="xxx does not exist: check the path"):
+        load_checkpoint("x" * 300)
 
 
 def test_a_checkpoint_without_the_wanted_weights(tmp_path: Path, folder: Path) -> None:

@@ -172,6 +172,9 @@ def test_every_piece_names_what_exists(device: str, trial: bool, tmp_path: Path)
 
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main([str(tmp_path / "file" / "out"), "--device", "cpu"]) == 2
+    assert "file is a file: choose another folder" in capsys.readouterr().err
     assert main([str(tmp_path), "--device", "cpu", "--only", "lunch"]) == 2
     assert "--only lunch: there is no such piece; choose install" in capsys.readouterr().err
 

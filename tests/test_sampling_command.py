@@ -703,6 +703,7 @@ BAD = [
     (("--weights", "emma"), "--weights: unknown 'emma'; did you mean 'ema'?"),
     (("--device", "gpu"), "unknown device 'gpu'"),
     (("--out", "file"), "--out file: file is a file: choose another folder"),
+    (("--npz", "x" * 300), "x cannot be written (File name too long): choose another place"),
     (("--out", "file/below"), "--out file/below: file is a file: choose another folder"),
     (("--npz", "file/a.npz"), "--npz file: file is a file: choose another folder"),
     (("--npz", "."), "--npz . is a folder: name a file in it"),

@@ -409,6 +409,7 @@ def test_without_a_compiler_a_compiled_run_says_so(tmp_path: Path) -> None:
         (["--device=tpu9"], "unknown device"),
         (["--device=mps"], "unknown device 'mps': use auto, cpu or cuda"),
         (["--config=deco-digit"], "did you mean 'deco-digits'"),
+        ([f"--out={'x' * 300}"], "x cannot be written (File name too long): choose another place"),
         (["--dry-run", "--max-time=soon"], "--max-time soon is no duration"),
         (["--dry-run", "--device=tpu9"], "unknown device"),
         (

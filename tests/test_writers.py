@@ -374,6 +374,10 @@ class TestCheckWritable:
         check_writable(tmp_path / "a" / "b", "--out")
         assert not (tmp_path / "a").exists()
 
+    def test_a_name_that_is_too_long(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"cannot be written .*: choose another place"):
+            check_writable(tmp_path / ("x" * 300), "--out")
+
     def test_below_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         for path in (tmp_path / "file", tmp_path / "file" / "a" / "b"):

@@ -94,7 +94,7 @@ def previous_or_self(folder: Path) -> Path:
     if not folder.name:  # of "." and "/"
         return folder
     previous = previous_of(folder)
-    return previous if not folder.exists() and previous.exists() else folder
+    return previous if not os.path.exists(folder) and os.path.exists(previous) else folder
 
 
 def remove_leftovers(parent: Path) -> None:

@@ -86,9 +86,10 @@ def locate(path: str | Path) -> Path:
     if name.startswith(HUB_SCHEME):
         return _download(name)
     located = previous_or_self(Path(name).expanduser())
-    if not located.exists() and is_shipped(name):
+    # os.path's: of a name that is too long pathlib's raises.
+    if not os.path.exists(located) and is_shipped(name):
         located = pretrained_folder() / name
-    if not located.exists():
+    if not os.path.exists(located):
         raise UserError(f"{name} does not exist{_suggestion(located)}")
     if located.is_dir() and not os.access(located, os.R_OK | os.X_OK):
         raise UserError(f"{name} may not be read: its permissions are others'")
@@ -117,7 +118,7 @@ def check_outside(path: Path) -> None:
 
 def is_shipped(name: str) -> bool:
     """Whether a checkpoint of that name ships with the package."""
-    return len(Path(name).parts) == 1 and (pretrained_folder() / name).is_dir()
+    return len(Path(name).parts) == 1 and os.path.isdir(pretrained_folder() / name)
 
 
 def _suggestion(path: Path) -> str:

@@ -49,6 +49,7 @@ from deco_fast.sampling.writers import (
     NpzFile,
     PngFolder,
     check_writable,
+    writing,
 )
 from deco_fast.solvers import time_grid
 from deco_fast.training.distributed import Processes, join_processes, pick_device
@@ -107,7 +108,9 @@ def _plan(options: argparse.Namespace) -> _Plan:
             raise UserError(f"--out {options.out}: name a folder in it")
         check_writable(options.out, "--out")
     if options.npz:
-        if options.npz.is_dir():
+        with writing(options.npz):  # its name may be too long to ask
+            is_folder = options.npz.is_dir()
+        if is_folder:
             raise UserError(f"--npz {options.npz} is a folder: name a file in it")
         check_writable(options.npz.parent, "--npz")
     named, reason = (

@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(config: RunConfig, path: Path, processes: Processes, end: float | None) -> int:
     # Imported here, so that --help and --dry-run do not wait for it.
+    from deco_fast.sampling.writers import writing
     from deco_fast.training.initial import open_initial_weights
     from deco_fast.training.trainer import Trainer
 
@@ -60,7 +61,8 @@ def _train(config: RunConfig, path: Path, processes: Processes, end: float | Non
 
     folder = RunFolder(path, config)
     if processes.is_main:
-        folder.check()
+        with writing(path):  # its name may be too long to ask
+            folder.check()
     processes.barrier()
     if folder.finished:
         say(f"{path} has finished all {config.training.steps:,} steps")

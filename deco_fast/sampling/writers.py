@@ -350,8 +350,9 @@ class NpzFile:
 def check_writable(path: Path, option: str) -> None:
     """Raise UserError unless a folder can be made at `path`, or is there; makes nothing."""
     existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    with writing(path):  # its name may be too long to ask
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
     if not existing.is_dir():
         raise UserError(f"{option} {path}: {existing} is a file: choose another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
