@@ -94,18 +94,6 @@ def flow_matching_loss(
         frequency term before its factor.
 
     Raises:
-        ValueError: shapes do not fit.
+        UserError: shapes do not fit.
     """
-    if prediction.shape != target.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
-        raise ValueError(
-            f"prediction and target must both be (B, 3, H, W), not {tuple(prediction.shape)} "
-            f"and {tuple(target.shape)}"
-        )
-    if tuple(table.shape) != (3, 8, 8):
-        raise ValueError(f"table must be (3, 8, 8), not {tuple(table.shape)}")
-    if timestep_weight is not None and timestep_weight.shape != prediction.shape[:1]:
-        raise ValueError(
-            f"timestep_weight must be one number for each of {len(prediction)} images, not "
-            f"{tuple(timestep_weight.shape)}"
-        )
     return ops.flow_matching_loss(prediction, target, table, weight, timestep_weight)

@@ -49,7 +49,11 @@ def linear_upsample(
 
     Returns:
         (B*L, p*p, C).
+
+    Raises:
+        UserError: shapes do not fit.
     """
+    _check_upsampling("linear_upsample", tokens, weight, bias, patch_size)
     result: torch.Tensor = implementation("linear_upsample", tokens)(
         tokens, weight, bias, patch_size
     )
@@ -77,11 +81,14 @@ def pixel_decoder(
         The velocity, (B, 3, H, W).
 
     Raises:
-        UserError: the tensors are on several devices.
+        UserError: shapes do not fit, or the tensors are on several devices.
     """
     blocks = chain.from_iterable(parameters.blocks)
     others = (tensor for tensor in parameters if isinstance(tensor, torch.Tensor))
     _check_one_device("pixel_decoder", x, tokens, *others, *blocks)
+    weight, bias = parameters.upsample_weight, parameters.upsample_bias
+    _check_upsampling("pixel_decoder", tokens, weight, bias, patch_size)
+    _check_image(x, tokens, parameters.output_weight.shape[0], patch_size)
     result: torch.Tensor = implementation("pixel_decoder", x)(
         x, tokens, parameters, patch_size, position
     )
@@ -108,9 +115,10 @@ def flow_matching_loss(
         The total, which is differentiable, and its two terms, each a scalar.
 
     Raises:
-        UserError: the tensors are on several devices.
+        UserError: shapes do not fit, or the tensors are on several devices.
     """
     _check_one_device("flow_matching_loss", prediction, target, table)
+    _check_loss(prediction, target, table, timestep_weight)
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = implementation(
         "flow_matching_loss", prediction
     )(prediction, target, table, weight, timestep_weight)
@@ -125,6 +133,64 @@ def _check_one_device(op: str, *tensors: torch.Tensor) -> None:
         raise UserError(
             f"{op} got tensors on several devices ({devices}): move them to one, and load the "
             "whole model"
+        )
+
+
+# The reference is plain PyTorch, which broadcasts: one target for all images, say, trained without
+# a word where the kernels refused it. What may be wrong in a caller's tensors is refused here, for
+# all backends alike; the kernels check again whatever they read by pointers.
+
+
+def _check_upsampling(
+    op: str, tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, patch_size: int
+) -> None:
+    if patch_size < 1:
+        raise UserError(f"{op}: patch_size must be at least 1, not {patch_size}")
+    if weight.ndim != 2 or weight.shape[0] % patch_size**2 or bias.shape != weight.shape[:1]:
+        raise UserError(
+            f"{op}: the upsampling's weight and bias must be (p²·C, D) and (p²·C,) with p = "
+            f"{patch_size}, not {tuple(weight.shape)} and {tuple(bias.shape)}"
+        )
+    if tokens.ndim != 3 or tokens.shape[2] != weight.shape[1]:
+        raise UserError(
+            f"{op}: tokens must be (B, L, {weight.shape[1]}), not {tuple(tokens.shape)}"
+        )
+
+
+def _check_image(x: torch.Tensor, tokens: torch.Tensor, channels: int, patch_size: int) -> None:
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise UserError(f"pixel_decoder: x must be (B, {channels}, H, W), not {tuple(x.shape)}")
+    batch, _, height, width = x.shape
+    if height % patch_size or width % patch_size:
+        raise UserError(
+            f"pixel_decoder: height and width of x must be multiples of the patch size "
+            f"{patch_size}, not {height} and {width}"
+        )
+    patches = (height // patch_size) * (width // patch_size)
+    if tokens.shape[0] != batch or tokens.shape[1] != patches:
+        raise UserError(
+            f"pixel_decoder: x of {tuple(x.shape)} takes tokens of ({batch}, {patches}, D), one "
+            f"for each patch of {patch_size}×{patch_size}, not {tuple(tokens.shape)}"
+        )
+
+
+def _check_loss(
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    table: torch.Tensor,
+    timestep_weight: torch.Tensor | None,
+) -> None:
+    if prediction.shape != target.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
+        raise UserError(
+            f"prediction and target must both be (B, 3, H, W), not {tuple(prediction.shape)} "
+            f"and {tuple(target.shape)}"
+        )
+    if table.shape != (3, 8, 8):
+        raise UserError(f"table must be (3, 8, 8), not {tuple(table.shape)}")
+    if timestep_weight is not None and timestep_weight.shape != prediction.shape[:1]:
+        raise UserError(
+            f"timestep_weight must be one number for each of {len(prediction)} images, not "
+            f"{tuple(timestep_weight.shape)}"
         )
 
 

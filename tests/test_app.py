@@ -478,6 +478,11 @@ def test_a_program_can_ask_as_well(
         endpoints = client.view_api(print_info=False, return_format="dict")["named_endpoints"]
         # No more than what the page asks for, and no ticket.
         assert {name: len(of["parameters"]) for name, of in endpoints.items()} == {"/generate": 11}
+        names = [of["parameter_name"] for of in endpoints["/generate"]["parameters"]]
+        assert names == [
+            *("prompt", "negative_prompt", "num", "seed", "height", "width", "steps"),
+            *("guidance", "solver", "order", "time_shift"),
+        ]
 
         def ask(num: int) -> Any:
             return client.predict(

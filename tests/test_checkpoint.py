@@ -228,6 +228,18 @@ def test_a_single_file_in_half_precision(tmp_path: Path) -> None:
     assert_same_weights(load_checkpoint(path.parent), model)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_tied_weights_are_written_twice(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    model = random_model(5)
+    first, second = model.blocks[0].mlp, model.blocks[1].mlp
+    second.w1.weight = first.w1.weight
+    path = save_weights(tmp_path / "w.safetensors", model, CARD, dtype)
+    loaded = load_checkpoint(path)
+    assert_same_weights(loaded, model.to(dtype).float() if dtype else model)
+    # What is read again is no longer tied.
+    assert loaded.blocks[0].mlp.w1.weight is not loaded.blocks[1].mlp.w1.weight
+
+
 def test_a_weight_beyond_the_range_of_half_precision_is_refused(tmp_path: Path) -> None:
     path = save_weights(tmp_path / "w.safetensors", random_model(5), CARD)
     model = random_model(6)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,39 @@ def test_each_op_is_the_reference(
     torch.testing.assert_close(result, expected)
     results = result if isinstance(result, tuple) else (result,)
     assert [tuple(tensor.shape) for tensor in results] == shapes
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize(
+    ("op", "position", "shape", "message"),
+    [
+        # The reference would have broadcast the first ones.
+        ("flow_matching_loss", 1, (1, 3, 8, 12), "prediction and target must both be"),
+        ("flow_matching_loss", 1, (2, 1, 8, 12), "prediction and target must both be"),
+        ("flow_matching_loss", 2, (1, 8, 8), r"table must be \(3, 8, 8\), not \(1, 8, 8\)"),
+        ("pixel_decoder", 0, (1, 3, 8, 12), r"takes tokens of \(1, 6, D\).*not \(2, 6, 12\)"),
+        ("pixel_decoder", 0, (2, 3, 8, 14), "multiples of the patch size 4, not 8 and 14"),
+        ("pixel_decoder", 0, (2, 4, 8, 12), r"x must be \(B, 3, H, W\), not \(2, 4, 8, 12\)"),
+        ("pixel_decoder", 1, (2, 6, 9), r"tokens must be \(B, L, 12\), not \(2, 6, 9\)"),
+        ("pixel_decoder", 1, (12, 12), r"tokens must be \(B, L, 12\), not \(12, 12\)"),
+        ("linear_upsample", 0, (2, 6, 9), r"tokens must be \(B, L, 12\), not \(2, 6, 9\)"),
+        ("linear_upsample", 2, (1,), r"must be \(p²·C, D\) and \(p²·C,\) with p = 4, not"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_one_line_on_every_backend(
+    op: str,
+    position: int,
+    shape: tuple[int, ...],
+    message: str,
+    backend: str | None,
+    parameters: PixelDecoderParameters,
+) -> None:
+    arguments = list(_arguments(op, parameters))
+    arguments[position] = torch.randn(shape)
+    forced = ops.use_backend(backend) if backend else nullcontext()
+    with forced, pytest.raises(UserError, match=message) as refused:
+        getattr(ops, op)(*arguments)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("op", registry.OPS)

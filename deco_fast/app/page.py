@@ -7,6 +7,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,10 @@ def _connect(
     def draw_for_program(*values: Any) -> Iterator[dict[Any, Any]]:
         with _messages():
             yield from _draw(served, checked(values), outputs, lambda: False)
+
+    # gradio reads a program's names for the values here; without it they are param_0, param_1, …
+    named = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in inputs]
+    draw_for_program.__signature__ = Signature(named)  # type: ignore[attr-defined]
 
     def end(session: gr.Request) -> None:
         visitors.stop(str(session.session_hash))

@@ -195,9 +195,15 @@ def _write_tensors(
     metadata: dict[str, str],
     dtype: torch.dtype | None = None,
 ) -> None:
-    converted = {}
+    converted: dict[str, Tensor] = {}
+    places: set[int] = set()
     for name, tensor in tensors.items():
         converted[name] = tensor.detach().to(dtype=dtype or tensor.dtype).contiguous()
+        # safetensors refuses tied weights, which it cannot tell from a mistake; read again, they
+        # are two.
+        if (place := converted[name].data_ptr()) in places:
+            converted[name] = converted[name].clone()
+        places.add(place)
         if dtype is not None and not converted[name].isfinite().all() and tensor.isfinite().all():
             raise ValueError(f"{name} has values beyond the range of {dtype}: choose another dtype")
     # safetensors makes files that only their owner can read; keep what the umask says.

@@ -460,7 +460,7 @@ class TestFallback:
     def test_too_few_channels_are_refused(self, name: str) -> None:
         """And not pixels made of whatever was in the memory."""
         p = parameters()
-        with pytest.raises(RuntimeError):
+        with pytest.raises(UserError, match=r"must be \(p²·C, D\) and \(p²·C,\) with p = 4"):
             decode(p._replace(**{name: getattr(p, name)[:-1]}))(image(), tokens())
 
 
