@@ -64,7 +64,7 @@ def pixel_decoder(
 ) -> Tensor:
     """See `deco_fast.ops.pixel_decoder`.
 
-    Left to the reference: shapes that do not match, which it refuses, sizes and dtypes that the
+    Left to the reference: parameters that do not match, which it refuses, sizes and dtypes that the
     kernels are not made for (`fits`), 64 channels in float32 on GPUs with little shared memory,
     training in float32 on a GPU (where the Triton kernels save memory and no time) unless a
     backend is forced, GPUs that are `is_foreign`, and all inside of `torch.func` transforms.
