@@ -7,8 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from deco_fast import ops
 from deco_fast.errors import nearest
+from deco_fast.ops import flow_matching_loss as flow_matching_loss
 
 FrequencyMode = Literal["inv", "inv_gamma"]
 
@@ -72,28 +72,3 @@ def frequency_table(
     else:
         raise ValueError(f"unknown frequency mode '{mode}'{nearest(mode, get_args(FrequencyMode))}")
     return (weights / weights.mean(dim=(1, 2), keepdim=True)).float()
-
-
-def flow_matching_loss(
-    prediction: Tensor,
-    target: Tensor,
-    table: Tensor,
-    weight: float | Tensor,
-    timestep_weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Flow matching plus weight × the frequency-aware loss; float32 inside.
-
-    Args:
-        prediction, target: velocities (B, 3, H, W), any H and W.
-        table: frequency weights (3, 8, 8), from `frequency_table`.
-        weight: factor of the frequency term, 1 in the paper; a tensor () may be learned.
-        timestep_weight: (B,) weights of the flow-matching term; None is 1.
-
-    Returns:
-        The differentiable total, and detached the flow-matching term mean(w·(v̂ − v)²) and the
-        frequency term before its factor.
-
-    Raises:
-        UserError: shapes do not fit.
-    """
-    return ops.flow_matching_loss(prediction, target, table, weight, timestep_weight)

@@ -102,17 +102,17 @@ def flow_matching_loss(
     weight: float | torch.Tensor,
     timestep_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Flow-matching loss plus DeCo's frequency-aware loss, in float32 (spec B.7).
+    """Flow matching plus weight × the frequency-aware loss; float32 inside (spec B.7).
 
     Args:
-        prediction: (B, 3, H, W), the velocity that the model gave.
-        target: (B, 3, H, W), the true velocity.
-        table: (3, 8, 8), the weight of each frequency for Y, Cb, Cr.
-        weight: of the frequency term in the total.
-        timestep_weight: (B,), weight of each image in the flow-matching term; None for 1.
+        prediction, target: velocities (B, 3, H, W), any H and W.
+        table: frequency weights (3, 8, 8) of Y, Cb, Cr, from `losses.frequency_table`.
+        weight: factor of the frequency term, 1 in the paper; a tensor () may be learned.
+        timestep_weight: (B,) weights of the flow-matching term; None is 1.
 
     Returns:
-        The total, which is differentiable, and its two terms, each a scalar.
+        The differentiable total, and detached the flow-matching term mean(w·(v̂ − v)²) and the
+        frequency term before its factor; each a scalar.
 
     Raises:
         UserError: shapes do not fit, or the tensors are on several devices.

@@ -22,7 +22,7 @@ def flow_matching_loss(
     weight: float | Tensor,
     timestep_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `deco_fast.losses.flow_matching_loss`.
+    """See `deco_fast.ops.flow_matching_loss`.
 
     Differentiable with respect to prediction and target. Left to the reference: float64, a weight
     that is a tensor, a table or timestep weights that want a gradient, a target that wants a finer

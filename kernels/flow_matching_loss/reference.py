@@ -73,7 +73,7 @@ def flow_matching_loss(
     weight: float | Tensor,
     timestep_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `deco_fast.losses.flow_matching_loss`; float32 inside whatever the inputs, also under
+    """See `deco_fast.ops.flow_matching_loss`; float32 inside whatever the inputs, also under
     autocast, which would otherwise run the transform in bf16 (specification D1)."""
     with without_autocast(prediction.device.type):
         dtype = torch.promote_types(prediction.dtype, torch.float32)
